@@ -1,0 +1,37 @@
+# `make demo` and `make test` do all the set-up on a fresh machine with Python 3.11+.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: help install demo test lint types unit clean
+
+help:
+	@echo "make install   make .venv and install crosslayer with its pinned dependencies"
+	@echo "make demo      train, replace and compare on the bundled model (about five minutes)"
+	@echo "make test      lint, types and tests"
+	@echo "make clean     remove .venv and the demo's output"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/crosslayer demo --out demo --overwrite
+
+test: lint types unit
+
+lint: install
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+
+types: install
+	$(BIN)/basedpyright --level error
+
+unit: install
+	$(BIN)/pytest
+
+clean:
+	rm -rf .venv demo
