@@ -1,0 +1,5 @@
+"""`python -m crosslayer`."""
+
+from crosslayer.cli import main
+
+main()

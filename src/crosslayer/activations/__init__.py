@@ -1,0 +1,1 @@
+"""What MLPs read and write, captured from a frozen model."""

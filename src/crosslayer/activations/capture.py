@@ -1,0 +1,87 @@
+"""Running a frozen model on examples and keeping what its MLPs read and write."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from crosslayer.activations.record import Activations
+from crosslayer.data.examples import Example
+from crosslayer.errors import UserError
+from crosslayer.models.hooks import recording
+from crosslayer.models.load import LoadedModel
+from crosslayer.models.prompts import Batch, prepare
+
+
+@torch.no_grad()
+def capture_all(model: LoadedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What every MLP read and wrote, as two tensors [B, P, L, D], padding included."""
+    shape = (*batch.tokens.shape, model.n_layers, model.d_model)
+    x = torch.empty(shape, dtype=model.model.dtype, device=model.device)
+    y = torch.empty_like(x)
+
+    def keep(store: Tensor):
+        return lambda layer, tensor: store[:, :, layer].copy_(tensor)
+
+    with recording(model.sites, keep(x), keep(y)):
+        model.body(**batch.inputs, use_cache=False)
+    return x, y
+
+
+def capture(model: LoadedModel, examples: Sequence[Example], numbers: Sequence[int]) -> Activations:
+    """Activations of all tokens of the examples but padding, first positions included.
+
+    `numbers` are the examples' own in their data set.
+    """
+    batch = prepare(model.model, model.processor, examples)
+    x, y = capture_all(model, batch)
+    keep = batch.attention
+    sample = torch.tensor(numbers, device=keep.device)
+    return Activations(
+        x[keep],
+        y[keep],
+        batch.image[keep],
+        batch.position[keep],
+        sample[:, None].expand_as(keep)[keep],
+    )
+
+
+class ModelSource:
+    """Chunks of activations captured from a model on demand: the same index always gives the same tokens.
+
+    Examples are visited in an order drawn anew for each epoch from `seed`; a chunk is the next `chunk_prompts` of
+    them, captured in batches of `batch_prompts`.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        examples: Sequence[Example],
+        *,
+        seed: int = 0,
+        chunk_prompts: int = 512,
+        batch_prompts: int = 64,
+    ):
+        if not len(examples):
+            raise UserError("the data set is empty; give at least one example")
+        self.model, self.examples, self.seed = model, examples, seed
+        self.chunk_prompts, self.batch_prompts = chunk_prompts, batch_prompts
+        self._epoch, self._order = -1, list[int]()
+
+    def chunk(self, index: int) -> Activations:
+        """All tokens of chunk `index` but padding."""
+        chosen = [self._example(n) for n in range(index * self.chunk_prompts, (index + 1) * self.chunk_prompts)]
+        return Activations.concatenate(list(self._captured(chosen)))
+
+    def _captured(self, chosen: list[int]) -> Iterable[Activations]:
+        for start in range(0, len(chosen), self.batch_prompts):
+            numbers = chosen[start : start + self.batch_prompts]
+            yield capture(self.model, [self.examples[n] for n in numbers], numbers)
+
+    def _example(self, n: int) -> int:
+        """Number of the n-th example visited, counted over epochs."""
+        epoch, place = divmod(n, len(self.examples))
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self.examples), generator=generator).tolist()
+        return self._order[place]

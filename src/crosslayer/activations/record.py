@@ -1,0 +1,36 @@
+"""Activations of many tokens at all sites: what transcoders are trained on."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Activations:
+    """N tokens: what every MLP read and wrote, and where each token came from."""
+
+    x: Float[Tensor, "N L D"]
+    """What each layer's MLP read."""
+    y: Float[Tensor, "N L D"]
+    """What each layer's MLP wrote."""
+    image: Bool[Tensor, " N"]
+    """True at image tokens."""
+    position: Int[Tensor, " N"]
+    """Position in the prompt, padding not counted."""
+    sample: Int[Tensor, " N"]
+    """Number of the prompt in its data set."""
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+    def __getitem__(self, rows: Tensor | slice) -> "Activations":
+        """The chosen tokens; `rows` is a slice, a mask [N] or indices."""
+        return Activations(**{name: value[rows] for name, value in vars(self).items()})
+
+    @staticmethod
+    def concatenate(parts: "list[Activations]") -> "Activations":
+        """All tokens of the parts, in order."""
+        names = Activations.__dataclass_fields__
+        return Activations(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})

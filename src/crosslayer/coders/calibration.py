@@ -1,0 +1,58 @@
+"""From TopK to JumpReLU: a fixed threshold per feature, so that inference needs neither a batch nor all layers."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import linear
+
+from crosslayer.coders.transcoder import CrossLayerTranscoder
+
+BATCH = 1024
+"""Tokens encoded at a time."""
+
+
+@torch.no_grad()
+def calibrate(coder: CrossLayerTranscoder, x: Float[Tensor, "N L D"]) -> CrossLayerTranscoder:
+    """Convert `coder`, in place, to JumpReLU with the same active features per layer on the tokens `x`.
+
+    A feature's threshold lies where the feature fires on as many tokens as TopK selected it for. One that was never
+    selected gets the layer's typical threshold, in units of activation x decoder norm. One factor a layer then makes
+    the layer's L0 exactly that of the TopK selection.
+    """
+    counts, norms = _selections(coder, x), coder.decoder_norms()
+    rows = []
+    for i, source in enumerate(coder.sources):
+        pre = linear(x[:, source], coder.W_enc[i], coder.b_enc[i])
+        threshold = _fill(_rate_thresholds(pre, counts[i]), norms[i])
+        rows.append(threshold * _factor(pre, threshold, int(counts[i].sum())))
+    return coder.with_thresholds(torch.stack(rows))
+
+
+def _selections(coder: CrossLayerTranscoder, x: Tensor) -> Tensor:
+    """[S, F] on how many tokens TopK selects each feature."""
+    parts = [coder.encode_for_training(part, progress=1.0).codes for part in x.split(BATCH)]
+    return torch.stack([torch.stack([codes.counts() for codes in part]) for part in parts]).sum(0)
+
+
+def _rate_thresholds(pre: Tensor, counts: Tensor) -> Tensor:
+    """[F] the value above which a feature's pre-activations [N, F] lie `counts` times; NaN where that is never."""
+    thresholds = pre.new_full((pre.shape[1],), torch.nan)
+    fired = counts.nonzero().squeeze(1)
+    ranked = pre[:, fired].T.sort(1, descending=True).values
+    place = counts[fired].long().clamp(max=len(pre) - 1)
+    thresholds[fired] = ranked.gather(1, place[:, None]).squeeze(1).clamp_min(1e-6)
+    return thresholds
+
+
+def _fill(thresholds: Tensor, norms: Tensor) -> Tensor:
+    """Thresholds for features never selected: the layer's median of threshold x norm; infinite where none was."""
+    typical = (thresholds * norms).nanmedian()
+    return thresholds.where(~thresholds.isnan(), (typical / norms).nan_to_num(nan=torch.inf))
+
+
+def _factor(pre: Tensor, threshold: Tensor, n_wanted: int) -> Tensor:
+    """The factor on all thresholds above which exactly `n_wanted` pairs lie."""
+    ratios = (pre / threshold).flatten()
+    if not 0 < n_wanted < len(ratios):
+        return ratios.new_tensor(1.0)
+    return ratios.topk(n_wanted + 1).values[-1].clamp_min(1e-6)

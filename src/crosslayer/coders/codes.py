@@ -1,0 +1,175 @@
+"""Feature activations of many tokens at one source layer, and the two products they take part in.
+
+Axes: N tokens, F features, D d_model, K the width that a feature writes (targets x D), A active (token, feature)
+pairs. Sparse codes cost what is active: the forward and both weight gradients are `embedding_bag` sums over A rows,
+which run on a CPU and on a GPU alike.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+
+@runtime_checkable
+class Codes(Protocol):
+    """What a source layer's features do on N tokens."""
+
+    def decode(self, W: Float[Tensor, "F K"]) -> Float[Tensor, "N K"]:
+        """The sum of the active features' rows of W, weighted by their activations."""
+        ...
+
+    def dense(self) -> Float[Tensor, "N F"]:
+        """All activations, zeros included."""
+        ...
+
+    def counts(self) -> Float[Tensor, " F"]:
+        """On how many of the N tokens each feature is active."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which features are active on which token, in compressed rows: token n has `features[offsets[n]:offsets[n+1]]`."""
+
+    offsets: Int[Tensor, " N_plus_1"]
+    tokens: Int[Tensor, " A"]
+    features: Int[Tensor, " A"]
+    n_features: int
+
+    @classmethod
+    def from_pairs(cls, tokens: Tensor, features: Tensor, n_tokens: int, n_features: int) -> "Pattern":
+        """Build from the active pairs, sorted by token."""
+        return cls(_offsets(tokens, n_tokens), tokens, features, n_features)
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens N."""
+        return self.offsets.shape[0] - 1
+
+    @cached_property
+    def by_feature(self) -> tuple[Tensor, Tensor]:
+        """The order [A] that sorts the pairs by feature, and the offsets [F + 1] of each feature in that order."""
+        return torch.argsort(self.features, stable=True), _offsets(self.features, self.n_features)
+
+
+@dataclass(frozen=True)
+class SparseCodes:
+    """Activations at the active pairs only."""
+
+    pattern: Pattern
+    values: Float[Tensor, " A"]
+
+    def decode(self, W: Float[Tensor, "F K"]) -> Float[Tensor, "N K"]:
+        """See `Codes.decode`; costs A x K."""
+        return _Decode.apply(self.values, W, self.pattern)
+
+    def dense(self) -> Float[Tensor, "N F"]:
+        """See `Codes.dense`."""
+        out = self.values.new_zeros(self.pattern.n_tokens, self.pattern.n_features)
+        return out.index_put((self.pattern.tokens, self.pattern.features), self.values)
+
+    def counts(self) -> Float[Tensor, " F"]:
+        """See `Codes.counts`."""
+        offsets = _offsets(self.pattern.features, self.pattern.n_features)
+        return offsets.diff().to(self.values.dtype)
+
+
+@dataclass(frozen=True)
+class DenseCodes:
+    """Activations of every feature, for the trainings that need gradients at inactive features too."""
+
+    acts: Float[Tensor, "N F"]
+
+    def decode(self, W: Float[Tensor, "F K"]) -> Float[Tensor, "N K"]:
+        """See `Codes.decode`; one dense product."""
+        return self.acts @ W
+
+    def dense(self) -> Float[Tensor, "N F"]:
+        """See `Codes.dense`."""
+        return self.acts
+
+    def counts(self) -> Float[Tensor, " F"]:
+        """See `Codes.counts`."""
+        return (self.acts > 0).sum(0).to(self.acts.dtype)
+
+
+def active_codes(pre: Float[Tensor, "N F"], active: Tensor) -> SparseCodes:
+    """Codes that keep `pre` where the mask `active` [N, F] is true."""
+    tokens, features = active.nonzero(as_tuple=True)
+    pattern = Pattern.from_pairs(tokens, features, *pre.shape)
+    return SparseCodes(pattern, pre[tokens, features])
+
+
+def encode_active(
+    x: Float[Tensor, "N D"],
+    W_enc: Float[Tensor, "F D"],
+    b_enc: Float[Tensor, " F"],
+    pattern: Pattern,
+    values: Float[Tensor, " A"],
+) -> SparseCodes:
+    """Codes whose `values` were read from an encoder product that ran without gradient.
+
+    The gradients of x, W_enc and b_enc are those of `(x @ W_enc.T + b_enc)[tokens, features]`, at the cost of the
+    active pairs instead of a second and third dense product.
+    """
+    return SparseCodes(pattern, _EncodeActive.apply(x, W_enc, b_enc, pattern, values))
+
+
+def _offsets(sorted_or_not: Tensor, n: int) -> Tensor:
+    offsets = sorted_or_not.new_zeros(n + 1)
+    torch.cumsum(torch.bincount(sorted_or_not, minlength=n), 0, out=offsets[1:])
+    return offsets
+
+
+def _bag(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    return embedding_bag(index, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+def _sum_by_feature(rows: Tensor, pattern: Pattern, weights: Tensor) -> Tensor:
+    order, offsets = pattern.by_feature
+    return _bag(rows.contiguous(), pattern.tokens[order], offsets, weights[order].contiguous())
+
+
+class _Decode(torch.autograd.Function):
+    """[N, K] = codes @ W; both gradients touch active pairs only."""
+
+    @staticmethod
+    def forward(ctx, values, W, pattern):
+        ctx.pattern = pattern
+        ctx.save_for_backward(values, W)
+        return _bag(W, pattern.features, pattern.offsets, values)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        values, W = ctx.saved_tensors
+        pattern, grad = ctx.pattern, grads[0].contiguous()
+        grad_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad, W, pattern.features, pattern.offsets[:-1], pattern.tokens, 0
+        )
+        grad_W = _sum_by_feature(grad, pattern, values) if ctx.needs_input_grad[1] else None
+        return grad_values, grad_W, None
+
+
+class _EncodeActive(torch.autograd.Function):
+    """Identity on `values`, with the gradients of the encoder that produced them."""
+
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, pattern, values):
+        ctx.pattern = pattern
+        ctx.save_for_backward(x, W_enc)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, W_enc = ctx.saved_tensors
+        pattern, grad = ctx.pattern, grads[0]
+        needs_x, needs_W, needs_b = ctx.needs_input_grad[:3]
+        grad_x = _bag(W_enc, pattern.features, pattern.offsets, grad.contiguous()) if needs_x else None
+        grad_W = _sum_by_feature(x, pattern, grad) if needs_W else None
+        grad_b = grad.new_zeros(pattern.n_features).index_add_(0, pattern.features, grad) if needs_b else None
+        return grad_x, grad_W, grad_b, None, None

@@ -1,0 +1,1 @@
+"""Examples: prompts with pictures and responses, from files or the bundled world."""

@@ -1,0 +1,302 @@
+"""How well a replacement model stands in for the original: fidelity, with intervals over prompts."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosslayer import metrics
+from crosslayer.activations.capture import capture_all
+from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.data.examples import Example
+from crosslayer.errors import UserError
+from crosslayer.metrics import Figure
+from crosslayer.models.hooks import replacing
+from crosslayer.models.load import LoadedModel
+from crosslayer.models.prompts import Batch, prepare
+from crosslayer.replacement.model import ReplacementModel, generate_tokens
+
+MODALITIES = ("all", "text", "image")
+DEGENERATE = 0.5
+"""Repetition rate from which a replacement's speech is called degenerate."""
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """Reconstruction at one layer, on the original model's activations."""
+
+    fvu: Figure
+    """Of the layer as a target."""
+    l0: Figure
+    """Active features a token of the layer as a source."""
+    dead_fraction: float
+    """Features of the layer that fired on no token of the modality."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Fidelity of a replacement model on a set of examples; teacher-forced unless said otherwise."""
+
+    n_prompts: int
+    n_tokens: int
+    """Scored positions: those that predict response tokens (all text where there is no response)."""
+    top1_agreement: Figure
+    """Share of scored positions where original and replacement agree on the most likely next token."""
+    top1_agreement_filtered: Figure
+    """The same where the original is right with less than 80 % confidence."""
+    n_filtered: int
+    """Scored positions that pass the filter."""
+    top1_agreement_text: Figure
+    """The same as `top1_agreement` over all text positions, prompts included."""
+    kl: Figure
+    """KL(original || replacement) a scored position, in nats."""
+    cross_entropy: Figure
+    """Replacement's cross-entropy a scored token, in nats."""
+    cross_entropy_original: Figure
+    cross_entropy_ablated: Figure
+    """With every MLP write at its mean."""
+    cross_entropy_recovered: Figure
+    """(ablated - replacement) / (ablated - original)."""
+    generation_match: Figure
+    """Share of the original's greedily generated tokens that the replacement generates too, position by position."""
+    repetition_rate: Figure
+    """Repeated 4-grams among the replacement's generated 4-grams."""
+    verdict: str
+    """`speaks`, or what the replacement repeats when its speech is degenerate."""
+    fvu: Figure
+    """Mean over layers."""
+    l0: Figure
+    """Active features a token, summed over layers."""
+    dead_fraction: float
+    """Features of all layers that fired on no token."""
+    layers: dict[str, list[LayerFigures]] = field(default_factory=dict)
+    """By modality: `all`, `text`, `image`."""
+
+    def to_dict(self) -> dict:
+        """This record as JSON values; a figure that could not be measured is None."""
+        return _nulls(asdict(self))
+
+    def to_json(self) -> str:
+        """This record as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def evaluate(
+    model: LoadedModel,
+    transcoder: CrossLayerTranscoder,
+    examples: Sequence[Example],
+    *,
+    batch_prompts: int = 32,
+    max_new_tokens: int = 32,
+) -> Evaluation:
+    """Compare the replacement model with the original on `examples`.
+
+    Raises:
+        UserError: when there are no examples, or the transcoder does not fit the model.
+    """
+    if not len(examples):
+        raise UserError("the data set is empty; give at least one example to evaluate on")
+    replacement = ReplacementModel(model, transcoder)
+    mean_write = _mean_write(model, _batches(model, examples, batch_prompts))
+    speech, sites = _Speech(replacement, mean_write), _Reconstruction(transcoder, mean_write)
+    for start in range(0, len(examples), batch_prompts):
+        chosen = [examples[i] for i in range(start, min(start + batch_prompts, len(examples)))]
+        batch = prepare(model.model, model.processor, chosen)
+        speech.compare(batch)
+        speech.converse(chosen, max_new_tokens)
+        sites.add(batch, *capture_all(model, batch))
+    return Evaluation(n_prompts=len(examples), **speech.figures(), **sites.figures())
+
+
+def agreement(replacement: ReplacementModel, batches: Sequence[Batch]) -> float:
+    """Top-1 agreement at scored positions alone: the quick look taken while training."""
+    agreed, scored = 0.0, 0.0
+    for batch in batches:
+        with torch.no_grad():
+            original = replacement.model.model(**batch.inputs, use_cache=False).logits
+        mask = batch.response[:, 1:]
+        same = metrics.top1(original) == metrics.top1(replacement.logits(batch))
+        agreed, scored = agreed + (same[:, :-1] & mask).sum().item(), scored + mask.sum().item()
+    return agreed / scored
+
+
+def _batches(model: LoadedModel, examples: Sequence[Example], size: int) -> Iterator[Batch]:
+    for start in range(0, len(examples), size):
+        chosen = [examples[i] for i in range(start, min(start + size, len(examples)))]
+        yield prepare(model.model, model.processor, chosen)
+
+
+def _mean_write(model: LoadedModel, batches: Iterator[Batch]) -> Tensor:
+    """[L, D] mean of every MLP's write over all tokens but first positions and padding."""
+    total, count = torch.zeros(model.n_layers, model.d_model, device=model.device), 0
+    for batch in batches:
+        y = capture_all(model, batch)[1][batch.position > 0]
+        total, count = total + y.float().sum(0), count + len(y)
+    return total / max(count, 1)
+
+
+class _Speech:
+    """Sums, by prompt, of what the original and the replacement say."""
+
+    def __init__(self, replacement: ReplacementModel, mean_write: Tensor):
+        self.replacement, self.model = replacement, replacement.model
+        self.mean_write = mean_write.to(self.model.model.dtype)
+        self.sums: dict[str, list[Tensor]] = {}
+        self.generated: Counter[int] = Counter()
+
+    @torch.no_grad()
+    def compare(self, batch: Batch) -> None:
+        """Teacher-forced: predictions of the next token at scored positions."""
+        following, mask = batch.tokens[:, 1:], batch.response[:, 1:]
+        text = batch.attention[:, 1:] & ~batch.image[:, 1:]
+        original = self.model.model(**batch.inputs, use_cache=False).logits[:, :-1]
+        replaced = self.replacement.logits(batch)[:, :-1]
+        ablated = self._ablated(batch)[:, :-1]
+        same = metrics.top1(original) == metrics.top1(replaced)
+        filtered = mask & metrics.hesitant(original, following)
+        self._keep("scored", mask)
+        self._keep("agreed", same & mask)
+        self._keep("filtered", filtered)
+        self._keep("agreed_filtered", same & filtered)
+        self._keep("text", text)
+        self._keep("agreed_text", same & text)
+        self._keep("kl", metrics.kl(original, replaced) * mask)
+        for name, logits in (("original", original), ("replaced", replaced), ("ablated", ablated)):
+            self._keep(f"ce_{name}", metrics.cross_entropy(logits, following) * mask)
+
+    def converse(self, examples: list[Example], max_new_tokens: int) -> None:
+        """Greedy continuations of the prompts by both."""
+        original = generate_tokens(self.model, examples, max_new_tokens=max_new_tokens)
+        with self.replacement.replaced():
+            replaced = generate_tokens(self.model, examples, max_new_tokens=max_new_tokens)
+        ends = _end_tokens(self.model)
+        for ours, theirs in zip(original.tolist(), replaced.tolist(), strict=True):
+            ours, theirs = _until_end(ours, ends), _until_end(theirs, ends)
+            self.generated.update(theirs)
+            for name, count in zip(("matched", "generated"), metrics.generation_match(ours, theirs), strict=True):
+                self._keep(name, torch.tensor([[count]]))
+            for name, count in zip(("repeated", "grams"), metrics.repetition(theirs), strict=True):
+                self._keep(name, torch.tensor([[count]]))
+
+    def figures(self) -> dict:
+        """The figures of `Evaluation` that concern speech."""
+        s = {name: torch.cat(parts).cpu() for name, parts in self.sums.items()}
+        repetition_rate = metrics.ratio(s["repeated"], s["grams"])
+        return {
+            "n_tokens": int(s["scored"].sum()),
+            "n_filtered": int(s["filtered"].sum()),
+            "top1_agreement": metrics.ratio(s["agreed"], s["scored"]),
+            "top1_agreement_filtered": metrics.ratio(s["agreed_filtered"], s["filtered"]),
+            "top1_agreement_text": metrics.ratio(s["agreed_text"], s["text"]),
+            "kl": metrics.ratio(s["kl"], s["scored"]),
+            "cross_entropy": metrics.ratio(s["ce_replaced"], s["scored"]),
+            "cross_entropy_original": metrics.ratio(s["ce_original"], s["scored"]),
+            "cross_entropy_ablated": metrics.ratio(s["ce_ablated"], s["scored"]),
+            "cross_entropy_recovered": metrics.ratio(
+                s["ce_ablated"] - s["ce_replaced"], s["ce_ablated"] - s["ce_original"]
+            ),
+            "generation_match": metrics.ratio(s["matched"], s["generated"]),
+            "repetition_rate": repetition_rate,
+            "verdict": self._verdict(repetition_rate),
+        }
+
+    def _ablated(self, batch: Batch) -> Tensor:
+        shape = (*batch.tokens.shape, self.model.d_model)
+        with replacing(self.model.sites, lambda layer: self.mean_write[layer].expand(shape)):
+            return self.model.model(**batch.inputs, use_cache=False).logits
+
+    def _verdict(self, repetition_rate: Figure) -> str:
+        if not repetition_rate.value > DEGENERATE:
+            return "speaks"
+        token, count = self.generated.most_common(1)[0]
+        tokenizer = getattr(self.model.processor, "tokenizer", self.model.processor)
+        share = count / self.generated.total()
+        return f"degenerate: {share:.0%} of the generated tokens are {tokenizer.decode([token])!r}"
+
+    def _keep(self, name: str, values: Tensor) -> None:
+        self.sums.setdefault(name, []).append(values.double().sum(1))
+
+
+class _Reconstruction:
+    """Sums, by prompt, layer and modality, of what the transcoder explains of the original's writes."""
+
+    def __init__(self, transcoder: CrossLayerTranscoder, mean_write: Tensor):
+        self.transcoder, self.mean_write = transcoder, mean_write
+        self.sums: dict[tuple[str, str], list[Tensor]] = {}
+        self.fired = {m: torch.zeros(len(transcoder.sources), transcoder.d_transcoder) for m in MODALITIES}
+
+    @torch.no_grad()
+    def add(self, batch: Batch, x: Tensor, y: Tensor) -> None:
+        """One batch of the original's activations, [B, P, L, D] each."""
+        usable = batch.position > 0
+        codes = self.transcoder.encode(x[usable].to(self.transcoder.b_dec.dtype))
+        error = (y[usable] - self.transcoder.decode(codes, int(usable.sum()))).float().square().sum(2)
+        spread = (y[usable].float() - self.mean_write).square().sum(2)
+        active = torch.stack([(c.dense() > 0) for c in codes], 1)
+        prompt = torch.arange(len(usable), device=x.device)[:, None].expand_as(usable)[usable]
+        for name in MODALITIES:
+            rows = _modality(name, batch.image[usable])
+            self.fired[name] += active[rows].sum(0).cpu()
+            ones = torch.ones(int(rows.sum()), 1, device=x.device)
+            for key, values in (("error", error), ("spread", spread), ("active", active.sum(2)), ("tokens", None)):
+                chosen = ones if values is None else values[rows]
+                total = torch.zeros(len(usable), chosen.shape[1], dtype=torch.double, device=x.device)
+                total.index_add_(0, prompt[rows], chosen.double())
+                self.sums.setdefault((name, key), []).append(total.cpu())
+
+    def figures(self) -> dict:
+        """The figures of `Evaluation` that concern reconstruction."""
+        sums = {key: torch.cat(parts) for key, parts in self.sums.items()}
+        error, spread = sums["all", "error"], sums["all", "spread"]
+        weights = spread.sum(0)
+        dead = self.fired["all"] == 0
+        return {
+            "fvu": metrics.ratio((error / weights).mean(1), (spread / weights).mean(1)),
+            "l0": metrics.ratio(sums["all", "active"].sum(1), sums["all", "tokens"][:, 0]),
+            "dead_fraction": dead.float().mean().item(),
+            "layers": {name: self._layers(name, sums) for name in MODALITIES if sums[name, "tokens"].sum()},
+        }
+
+    def _layers(self, name: str, sums: dict[tuple[str, str], Tensor]) -> list[LayerFigures]:
+        sources, tokens = self.transcoder.sources, sums[name, "tokens"][:, 0]
+        nothing = Figure(0.0, 0.0, 0.0)
+        figures = []
+        for layer in range(self.transcoder.wiring.n_layers):
+            source = sources.index(layer) if layer in sources else None
+            figures.append(
+                LayerFigures(
+                    metrics.ratio(sums[name, "error"][:, layer], sums[name, "spread"][:, layer]),
+                    nothing if source is None else metrics.ratio(sums[name, "active"][:, source], tokens),
+                    0.0 if source is None else (self.fired[name][source] == 0).float().mean().item(),
+                )
+            )
+        return figures
+
+
+def _modality(name: str, image: Tensor) -> Tensor:
+    return {"all": torch.ones_like(image), "image": image, "text": ~image}[name]
+
+
+def _end_tokens(model: LoadedModel) -> set[int]:
+    end = model.model.generation_config.eos_token_id
+    return set(end) if isinstance(end, list) else {end}
+
+
+def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
+    """The continuation up to and with its end mark."""
+    for place, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: place + 1]
+    return tokens
+
+
+def _nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _nulls(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_nulls(item) for item in value]
+    return None if isinstance(value, float) and value != value else value

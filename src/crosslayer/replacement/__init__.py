@@ -1,0 +1,1 @@
+"""Transcoders in the place of a model's MLPs."""

@@ -1,0 +1,146 @@
+"""The replacement model: every MLP's write computed by a transcoder from the model's own, replaced, stream."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.data.examples import Example
+from crosslayer.errors import UserError
+from crosslayer.models.hooks import before_forward, reading, replacing
+from crosslayer.models.load import LoadedModel
+from crosslayer.models.prompts import Batch, prepare
+
+
+class ReplacementModel:
+    """A model whose MLPs are stood in for by a transcoder.
+
+    At every forward pass, layer by layer, the features of a layer are computed from the replaced stream, what they
+    write to later layers is kept, and each MLP's output is the sum of what all its sources wrote. A token's features
+    depend on that token's stream alone, so the KV cache works as it is. A prompt's first position has no features: it
+    gets its mean write (see `CrossLayerTranscoder.first_write`). The transcoder keeps its own precision, whatever the
+    model's.
+
+    Raises:
+        UserError: when the transcoder was trained on a model of another shape or at another site.
+    """
+
+    def __init__(self, model: LoadedModel, transcoder: CrossLayerTranscoder):
+        _check_match(model, transcoder)
+        self.model = model
+        self.transcoder = transcoder.to(model.device)
+
+    @contextmanager
+    def replaced(self) -> Iterator[None]:
+        """Inside, `model.model` is the replacement model; afterwards, whatever happened, it is the original."""
+        writes = _Writes(self.transcoder)
+        sites = self.model.sites
+        with (
+            before_forward(self.model.model, writes.start),
+            reading(sites, writes.read),
+            replacing(sites, writes.write),
+        ):
+            yield
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Float[Tensor, "B P V"]:
+        """Logits of the replacement model at every position."""
+        with self.replaced():
+            return self.model.model(**batch.inputs, use_cache=False).logits
+
+    def generate(self, prompt: str, image: "Image.Image | None" = None, **sampling: Any) -> str:
+        """The replacement model's continuation of one prompt; `sampling` goes to Hugging Face's `generate`."""
+        return self.generate_batch([Example("prompt", prompt, image=image)], **sampling)[0]
+
+    def generate_batch(self, examples: list[Example], **sampling: Any) -> list[str]:
+        """Continuations of several prompts, padded on the left."""
+        with self.replaced():
+            return generate(self.model, examples, **sampling)
+
+
+@torch.no_grad()
+def generate(model: LoadedModel, examples: list[Example], **sampling: Any) -> list[str]:
+    """The model's continuations of several prompts, as text; greedy unless `sampling` says otherwise."""
+    tokenizer = getattr(model.processor, "tokenizer", model.processor)
+    return [
+        text.strip()
+        for text in tokenizer.batch_decode(generate_tokens(model, examples, **sampling), skip_special_tokens=True)
+    ]
+
+
+@torch.no_grad()
+def generate_tokens(model: LoadedModel, examples: list[Example], **sampling: Any) -> Tensor:
+    """Generated token ids [B, G]; a prompt that ended earlier is padded on the right."""
+    batch = prepare(model.model, model.processor, [Example(e.id, e.prompt, image=e.image) for e in examples])
+    settings = {"do_sample": False, "max_new_tokens": 32, **sampling}
+    generated: Any = model.model.generate  # a mixin's method, which type checkers take for a tensor
+    return generated(**batch.inputs, **settings)[:, batch.tokens.shape[1] :]
+
+
+class _Writes:
+    """What the sources of one forward pass have written so far, for the layers still to come."""
+
+    def __init__(self, transcoder: CrossLayerTranscoder):
+        self.transcoder = transcoder
+        self.sources = set(transcoder.sources)
+        self.total: Tensor | None = None
+        self.like = torch.empty(0)
+        self.first = torch.empty(0)
+        self.past = 0
+        self.mask: Tensor | None = None
+        self.positions: Tensor | None = None
+
+    def start(self, kwargs: dict[str, Any]) -> None:
+        """Forget the last forward pass; note, before the cache grows, which positions the new one begins with."""
+        cache = kwargs.get("past_key_values")
+        self.past = cache.get_seq_length() if cache is not None else 0
+        self.mask, self.positions, self.total = kwargs.get("attention_mask"), kwargs.get("position_ids"), None
+
+    def read(self, layer: int, x: Tensor) -> None:
+        """Encode the stream [B, P, D] that `layer` reads and add what its features write."""
+        flat = x.flatten(0, 1).to(self.transcoder.b_dec.dtype)
+        if self.total is None:
+            self.like, self.first = x, self._first_positions(x).flatten()
+            self.total = self.transcoder.empty_writes(len(flat))
+        if layer in self.sources:
+            codes = self.transcoder.encode_layer(layer, flat)
+            self.total = self.transcoder.add_writes(self.total, layer, codes)
+
+    def write(self, layer: int) -> Tensor:
+        """The write [B, P, D] that stands in for the layer's MLP output."""
+        assert self.total is not None, "an MLP wrote before anything was read"
+        D = self.transcoder.d_model
+        ours = self.total[:, layer * D : (layer + 1) * D]
+        write = torch.where(self.first[:, None], self.transcoder.first_write[layer], ours)
+        return write.view_as(self.like).to(self.like)
+
+    def _first_positions(self, x: Tensor) -> Tensor:
+        """Mask [B, P] of the positions of this pass that begin a prompt; what it says of padding does not matter."""
+        if self.positions is not None:
+            return (self.positions == 0).expand(x.shape[:2])
+        if self.mask is None:
+            begins = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+            begins[:, 0] = self.past == 0
+            return begins
+        real = self.mask.bool()
+        return (real & (real.long().cumsum(1) == 1))[:, self.past : self.past + x.shape[1]]
+
+
+def _check_match(model: LoadedModel, transcoder: CrossLayerTranscoder) -> None:
+    wanted = {"n_layers": model.n_layers, "d_model": model.d_model, "read": model.sites.read}
+    found = {
+        "n_layers": transcoder.wiring.n_layers,
+        "d_model": transcoder.d_model,
+        "read": transcoder.provenance.read,
+    }
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise UserError(
+                f"the transcoder has {name} {found[name]}, the model {model.id} has {value}; "
+                f"the transcoder was trained on {transcoder.provenance.model_id or 'another model'}"
+            )

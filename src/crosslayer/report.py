@@ -1,0 +1,239 @@
+"""What a person reads: terminal tables, figures, and one self-contained HTML page."""
+
+import base64
+import io
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from PIL import Image
+
+from crosslayer.demo import Arm, DemoResult
+from crosslayer.evaluation import Evaluation
+from crosslayer.files import write_text
+from crosslayer.metrics import Figure
+from crosslayer.models.load import LoadedModel
+from crosslayer.wiring import Wiring
+
+COLOURS = {"plt": "#c2703d", "clt": "#2f6f8f", "clt-next": "#8a8f98"}
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "svg.hashsalt": "crosslayer",
+}
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    rule = "  ".join("-" * width for width in widths)
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [header, *rows]
+    ]
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def comparison(result: DemoResult) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the demo's table: an arm a row."""
+    header = [
+        "arm",
+        "agreement",
+        "generation",
+        "agreement at",
+        "KL",
+        "fvu",
+        "l0",
+        "dead",
+        "CE recovered",
+        "tok/s",
+        "train s",
+    ]
+    header[3] = f"after {result.equal_time:.0f} s"
+    return header, [_comparison_row(result, arm) for arm in result.arms]
+
+
+def comparison_table(result: DemoResult) -> str:
+    """The demo's table for a terminal, with a line on what its columns are."""
+    legend = (
+        "agreement: top-1, teacher-forced, on answer tokens of held-out scenes; generation: greedy tokens that match; "
+        f"after {result.equal_time:.0f} s: agreement at equal training time (validation scenes)"
+    )
+    return f"{table(*comparison(result))}\n{legend}"
+
+
+def evaluation_table(result: Evaluation) -> str:
+    """One evaluation for a terminal: figures with intervals, then fvu and l0 by layer and modality."""
+    names = {
+        "top1_agreement": "top-1 agreement",
+        "top1_agreement_filtered": f"  where right with < 80 % ({result.n_filtered} tokens)",
+        "top1_agreement_text": "  all text positions",
+        "generation_match": "generation match",
+        "kl": "KL, nats a token",
+        "cross_entropy_recovered": "cross-entropy recovered",
+        "repetition_rate": "repetition rate",
+        "fvu": "fvu, mean over layers",
+        "l0": "l0, all layers",
+    }
+    rows = [[title, *_cells(getattr(result, name))] for name, title in names.items()]
+    rows.append(["dead fraction", f"{result.dead_fraction:.3f}", ""])
+    head = f"{result.n_prompts} prompts, {result.n_tokens} scored tokens; speech: {result.verdict}"
+    return f"{head}\n\n{table(['', 'value', '95 % interval'], rows)}\n\n{_layers_table(result)}"
+
+
+def inspection(model: LoadedModel, wiring: Wiring) -> str:
+    """A model's sites, sizes and self-test for a terminal."""
+    config = model.model.config.get_text_config()
+    parameters = sum(p.numel() for p in model.model.parameters())
+    image_token = getattr(model.model.config, "image_token_id", None)
+    facts = [
+        f"model           {model.id} ({type(model.model).__name__}, {parameters:,} parameters, {model.model.dtype})",
+        f"decoder         {model.n_layers} layers, d_model {model.d_model}, vocabulary {config.vocab_size:,}",
+        f"images          {'none' if image_token is None else f'at token {image_token}'}",
+        f"read            {model.sites.read}",
+        f"self-replaced   logits differ by {model.proof.self_replacement_gap:.1e} relative",
+    ]
+    rows = [[name, f"{gap:.1e}"] for name, gap in zip(model.sites.names, model.proof.residual_gaps, strict=True)]
+    sites = table(["write site", "residual identity, relative gap"], rows)
+    title = f"wiring: span {wiring.span}, first_target {wiring.first_target}, {wiring.n_pairs} decoders"
+    return "\n".join(facts) + f"\n\n{sites}\n\n{title}\n{wiring.table()}"
+
+
+def side_by_side(texts: dict[str, str]) -> str:
+    """Several texts, each under its name."""
+    width = max(len(name) for name in texts)
+    return "\n".join(f"{name.ljust(width)}  {text!r}" for name, text in texts.items())
+
+
+def write_report(path: Path, result: DemoResult) -> None:
+    """The demo as one HTML file that opens offline: pictures, captions, figures, table."""
+    template = jinja2.Template((files("crosslayer") / "report.html.jinja").read_text(encoding="utf-8"), autoescape=True)
+    header, rows = comparison(result)
+    page = template.render(
+        result=result,
+        header=header,
+        rows=rows,
+        colours=COLOURS,
+        picture=_png,
+        figures={
+            "agreement": _svg(lambda ax: _agreement_bars(ax, result)),
+            "seconds": _svg(lambda ax: _agreement_by_seconds(ax, result)),
+            "layers": _svg(lambda ax: _fvu_by_layer(ax, result)),
+            "training": _svg(lambda ax: _training_curves(ax, result)),
+        },
+    )
+    write_text(path, page)
+
+
+def _comparison_row(result: DemoResult, arm: Arm) -> list[str]:
+    e = result.evaluations[arm.name]
+    return [
+        arm.name,
+        str(e.top1_agreement),
+        str(e.generation_match),
+        f"{arm.agreement_at(result.equal_time):.3f}",
+        f"{e.kl.value:.3f}",
+        f"{e.cross_entropy_recovered.value:.3f}",
+        f"{e.fvu.value:.4f}",
+        f"{e.l0.value:.1f}",
+        f"{e.dead_fraction:.1%}",
+        f"{arm.trainer.tokens / arm.seconds:,.0f}",
+        f"{arm.seconds:.0f}",
+    ]
+
+
+def _cells(figure: Figure) -> list[str]:
+    return [f"{figure.value:.3f}", f"{figure.low:.3f} .. {figure.high:.3f}"]
+
+
+def _layers_table(result: Evaluation) -> str:
+    modalities = list(result.layers)
+    header = ["layer", *(f"{measure} {name}" for name in modalities for measure in ("fvu", "l0", "dead"))]
+    rows = [
+        [str(layer), *(cell for name in modalities for cell in _layer_cells(result, name, layer))]
+        for layer in range(len(result.layers["all"]))
+    ]
+    return table(header, rows)
+
+
+def _layer_cells(result: Evaluation, modality: str, layer: int) -> list[str]:
+    figures = result.layers[modality][layer]
+    return [f"{figures.fvu.value:.4f}", f"{figures.l0.value:.1f}", f"{figures.dead_fraction:.0%}"]
+
+
+def _svg(draw: Callable[[Axes], None]) -> str:
+    with matplotlib.rc_context(STYLE):
+        canvas = Canvas(figsize=(5.6, 3.5), layout="constrained")
+        draw(canvas.add_subplot())
+        buffer = io.BytesIO()
+        canvas.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue().decode().split("?>", 1)[1].split(">", 1)[1]
+
+
+def _png(picture: Image.Image, scale: int = 2) -> str:
+    """A data URL of the picture, enlarged without smoothing."""
+    buffer = io.BytesIO()
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _agreement_bars(ax: Axes, result: DemoResult) -> None:
+    measures = {
+        "top1_agreement": "top-1\nagreement",
+        "top1_agreement_filtered": "top-1, hesitant\ntokens",
+        "generation_match": "generation\nmatch",
+    }
+    width = 0.8 / len(result.arms)
+    for i, arm in enumerate(result.arms):
+        figures = [getattr(result.evaluations[arm.name], name) for name in measures]
+        places = [j + (i - (len(result.arms) - 1) / 2) * width for j in range(len(measures))]
+        errors = [[f.value - f.low for f in figures], [f.high - f.value for f in figures]]
+        ax.bar(places, [f.value for f in figures], width * 0.92, color=COLOURS[arm.name], label=arm.name)
+        ax.errorbar(places, [f.value for f in figures], errors, fmt="none", ecolor="#333333", capsize=2, lw=1)
+    ax.set_xticks(range(len(measures)), list(measures.values()))
+    ax.set_ylim(0, 1.02)
+    ax.grid(axis="x", visible=False)
+    ax.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.14))
+
+
+def _agreement_by_seconds(ax: Axes, result: DemoResult) -> None:
+    for arm in result.arms:
+        seconds, values = [p.seconds for p in arm.probes], [p.top1_agreement for p in arm.probes]
+        ax.plot(seconds, values, marker="o", ms=4, color=COLOURS[arm.name], label=arm.name)
+    ax.axvline(result.equal_time, color="#bbbbbb", lw=1, ls="--")
+    ax.set_ylim(0, 1.02)
+    ax.set_xlim(left=0)
+    ax.set_xlabel("seconds of its own training")
+    ax.set_ylabel("top-1 agreement, validation")
+
+
+def _fvu_by_layer(ax: Axes, result: DemoResult) -> None:
+    for arm in result.arms:
+        layers = result.evaluations[arm.name].layers["all"]
+        ax.plot(range(len(layers)), [f.fvu.value for f in layers], marker="o", ms=4, color=COLOURS[arm.name])
+    ax.set_yscale("log")
+    ax.set_xticks(range(result.model.n_layers))
+    ax.set_xlabel("layer whose MLP is reconstructed")
+    ax.set_ylabel("fvu, held-out")
+
+
+def _training_curves(ax: Axes, result: DemoResult) -> None:
+    for arm in result.arms:
+        ax.plot([m.tokens for m in arm.log], [m.fvu for m in arm.log], color=COLOURS[arm.name], lw=1.2)
+    ax.set_yscale("log")
+    ax.set_xlabel("training tokens")
+    ax.set_ylabel("fvu, training batch")

@@ -1,0 +1,1 @@
+"""Training transcoders on activations. Never sees a language model."""

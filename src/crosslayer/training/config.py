@@ -1,0 +1,69 @@
+"""The settings of one training."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from crosslayer.coders.sparsity import JointTopK, Sparsity, write_sparsity
+from crosslayer.errors import UserError
+from crosslayer.training.objective import AuxK
+from crosslayer.wiring import Wiring
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train a transcoder; the defaults suit a small model, see docs/decisions for why."""
+
+    wiring: Wiring
+    """Which layer writes to which."""
+    sparsity: Sparsity = field(default_factory=lambda: JointTopK(64))
+    """Which features count as active."""
+    d_transcoder: int | None = None
+    """Features a layer, F; `expansion` x d_model when left out."""
+    expansion: int = 8
+    """Features a layer in multiples of d_model, where d_transcoder is left out."""
+    tokens: int = 1_000_000
+    """Tokens to train on."""
+    batch_tokens: int = 1024
+    """Tokens a step, about."""
+    learning_rate: float = 2e-3
+    """Adam's peak learning rate; 1-4e-4 for large models."""
+    warmup_share: float = 0.02
+    """Share of the tokens over which the learning rate rises from 0."""
+    decay_share: float = 0.2
+    """Share of the tokens over which it falls to 0 at the end."""
+    auxk: AuxK = field(default_factory=AuxK)
+    """Revival of dead features."""
+    dead_density: float = 1e-4
+    """A feature counts as dead when it fires on a smaller share of recent tokens than this."""
+    density_tokens: int = 5_000
+    """Half-life, in tokens, of the moving average of firing."""
+    calibration_tokens: int = 8_192
+    """Tokens on which TopK is converted to JumpReLU at the end."""
+    seed: int = 0
+    """Seed of the weights and of the order of the data."""
+
+    def __post_init__(self):
+        for name in ("expansion", "tokens", "batch_tokens", "learning_rate", "density_tokens", "calibration_tokens"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; choose more than 0")
+        if self.d_transcoder is not None and self.d_transcoder < 1:
+            raise UserError(f"d_transcoder is {self.d_transcoder}; choose at least 1 feature a layer")
+        if min(self.warmup_share, self.decay_share) < 0 or self.warmup_share + self.decay_share > 1:
+            raise UserError(
+                f"warmup_share {self.warmup_share} and decay_share {self.decay_share} must be at least 0 "
+                "and together at most 1"
+            )
+
+    def width(self, d_model: int) -> int:
+        """Features a layer for a model of this width."""
+        return self.d_transcoder or self.expansion * d_model
+
+    def record(self) -> dict[str, Any]:
+        """The JSON form, to keep beside a run."""
+        return {**asdict(self), "sparsity": write_sparsity(self.sparsity)}
+
+    def rate(self, progress: float) -> float:
+        """Learning rate at `progress` (0 to 1): linear warm-up, flat, linear to 0."""
+        rise = progress / self.warmup_share if self.warmup_share else 1.0
+        fall = (1 - progress) / self.decay_share if self.decay_share else 1.0
+        return self.learning_rate * max(0.0, min(1.0, rise, fall))

@@ -1,0 +1,77 @@
+"""From chunks of activations to shuffled batches, at any place of the stream, without keeping state."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from crosslayer.activations.record import Activations
+from crosslayer.activations.usable import Usable, usable
+
+
+@runtime_checkable
+class ChunkSource(Protocol):
+    """An endless stream of activations in chunks; the same index always gives the same tokens."""
+
+    def chunk(self, index: int) -> Activations:
+        """All tokens of chunk `index`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a stream the next batch lies: enough to resume."""
+
+    chunk: int = 0
+    batch: int = 0
+
+
+@dataclass(frozen=True)
+class StreamBatch:
+    """One batch of training tokens and the place of the one after it."""
+
+    activations: Activations
+    following: Place
+    n_first: int
+    """First positions left out of this batch's chunk; counted at its first batch."""
+    n_outliers: int
+    """Norm outliers, likewise."""
+
+
+def shuffled_batches(source: ChunkSource, batch_tokens: int, seed: int, place: Place) -> Iterator[StreamBatch]:
+    """Batches of about `batch_tokens` tokens from `place` on, for ever.
+
+    A chunk is the shuffle buffer: its usable tokens are permuted by a generator seeded with its number and cut into
+    batches of equal size, so nothing is lost and any place can be reached by capturing one chunk.
+    """
+    index, skip = place.chunk, place.batch
+    while True:
+        activations = source.chunk(index)
+        chosen = usable(activations)
+        batches = _cut(chosen, batch_tokens, seed * 1_000_003 + index)
+        for number, rows in enumerate(batches):
+            if number < skip:
+                continue
+            last = number + 1 == len(batches)
+            following = Place(index + 1) if last else Place(index, number + 1)
+            left_out = (chosen.n_first, chosen.n_outliers) if number == 0 else (0, 0)
+            yield StreamBatch(activations[rows], following, *left_out)
+        index, skip = index + 1, 0
+
+
+def usable_tokens(source: ChunkSource, place: Place, batch_tokens: int, n: int, seed: int) -> Activations:
+    """At least `n` usable tokens from `place` on: what follows the training data, for calibration."""
+    parts, count = [], 0
+    for batch in shuffled_batches(source, batch_tokens, seed, place):
+        parts.append(batch.activations)
+        count += len(batch.activations)
+        if count >= n:
+            return Activations.concatenate(parts)
+    raise AssertionError("streams are endless")
+
+
+def _cut(chosen: Usable, batch_tokens: int, seed: int) -> tuple[torch.Tensor, ...]:
+    rows = chosen.keep.nonzero().squeeze(1)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return rows[order.to(rows.device)].tensor_split(max(1, round(len(rows) / batch_tokens)))

@@ -1,0 +1,174 @@
+"""The command line as a user meets it: what each verb prints, and one clear line for every kind of bad input."""
+
+import errno
+import json
+import sys
+
+import pytest
+import torch
+
+from crosslayer import cli
+from crosslayer.training.trainer import Trainer
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command line; returns exit code, standard output and standard error."""
+
+    def call(*args) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["crosslayer", *map(str, args)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("a cat and a dog .\nis there a banana ? yes\n" * 30)
+    return path
+
+
+@pytest.fixture
+def train(run, llama_folder, text, tmp_path):
+    """`crosslayer train` on the tiny Llama, with small defaults that options override."""
+
+    def call(*options, out="run", data=text):
+        small = ["--tokens", 400, "--batch-tokens", 100, "--d-transcoder", 16, "--k", 6]
+        return run("train", llama_folder, data, "--out", tmp_path / out, *small, *options)
+
+    return call
+
+
+def refused(result: tuple[int, str, str], *words: object) -> None:
+    """Exit code 2 and one line on standard error, after any progress bar, that holds all the words."""
+    code, _, err = result
+    line = err.strip().splitlines()[-1]
+    assert code == 2
+    assert line.startswith("crosslayer: ")
+    assert "Traceback" not in err
+    for word in words:
+        assert str(word) in line
+
+
+def test_train_evaluate_generate(run, train, text, tmp_path):
+    assert train()[0] == 0
+    folder, figures = tmp_path / "run", tmp_path / "figures.json"
+    code, out, _ = run("evaluate", folder, text, "--prompts", 4, "--json", figures)
+    assert code == 0
+    assert "generation match" in out
+    assert 0 <= json.loads(figures.read_text())["top1_agreement"]["value"] <= 1
+    code, out, _ = run("generate", folder, "--prompt", "a cat and", "--max-new-tokens", 3)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["original", "replacement"]
+
+
+def test_inspect_prints_sites_gaps_and_wiring(run, llava_folder):
+    code, out, _ = run("inspect", llava_folder, "--span", 2)
+    assert code == 0
+    assert "model.language_model.layers.2.mlp" in out
+    assert "span 2, first_target 0, 5 decoders" in out
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_help_explains_every_option(run, verb):
+    code, out, _ = run(verb, "--help")
+    assert code == 0
+    assert "(required)" in out or "(default" in out
+
+
+def test_unknown_model(run, tmp_path):
+    refused(run("inspect", tmp_path / "nothing"), tmp_path / "nothing", "emoji-llava")
+    refused(run("inspect", "no-such-model"), "no-such-model", "emoji-llava")
+    refused(run("inspect", tmp_path), tmp_path, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--k", 1000], ["k is 1000", "48"]),
+        (["--k", 0], ["k is 0"]),
+        (["--span", 4], ["span is 4", "1 to 3"]),
+        (["--span", 0], ["span is 0"]),
+        (["--first-target", 2], ["first_target is 2"]),
+        (["--first-target", 1, "--span", 3], ["span is 3", "1 to 2"]),
+        (["--tokens", 0], ["tokens is 0"]),
+        (["--sparsity", "dense"], ["'dense'", "joint-topk"]),
+        (["--sparsity", "relu"], ["relu", "k"]),
+        (["--penalty", 1], ["joint-topk", "coefficient"]),
+        (["--read", "output"], ["'output'", "resid"]),
+        (["--resume"], ["resume", "without --resume"]),
+    ],
+)
+def test_settings_that_cannot_work(train, tmp_path, options, words):
+    refused(train(*options), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_is_none(train, tmp_path):
+    empty, broken = tmp_path / "empty.txt", tmp_path / "broken.jsonl"
+    empty.write_text("\n\n")
+    broken.write_text('{"prompt": "a cat"}\nnot json\n')
+    refused(train(data=tmp_path / "nothing.txt"), "nothing.txt", "emoji-scenes")
+    refused(train(data=empty), "empty.txt", "no examples")
+    refused(train(data=broken), "broken.jsonl:2", "not JSON")
+    assert not (tmp_path / "run").exists()
+
+
+def test_image_that_is_none(run, train, tmp_path):
+    train()
+    fake = tmp_path / "fake.png"
+    fake.write_text("not a picture")
+    ask = ["generate", tmp_path / "run", "--prompt", "a cat", "--image"]
+    refused(run(*ask, fake), "fake.png", "not an image")
+    refused(run(*ask, tmp_path / "missing.png"), "missing.png", "no such image")
+
+
+def test_output_that_exists(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    refused(train(), "--overwrite")
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+    assert train("--overwrite")[0] == 0
+    assert (tmp_path / "run" / "config.json").is_file()
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+
+
+def test_run_that_is_none(run, tmp_path):
+    refused(run("evaluate", tmp_path / "nothing"), "nothing", "no such run")
+    refused(run("evaluate", tmp_path), "config.json")
+
+
+def test_full_disk_keeps_the_last_state(train, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    refused(train(), "No space left on device")
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name != "metrics.jsonl"]
+
+
+def test_loss_that_is_no_number_names_the_layer_and_keeps_the_last_good_state(train, tmp_path, monkeypatch):
+    step = Trainer.step
+
+    def poisoned(self, batch):
+        if self.step_number == 2:
+            batch.y[:, 1] = torch.nan
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    refused(train(), "step 3", "layer 1's target")
+    monkeypatch.setattr(Trainer, "step", step)
+    assert train("--resume")[0] == 0
+
+
+def test_unknown_option_is_not_ignored(train):
+    code, _, err = train("--cross-leyer", 3)
+    assert code == 2
+    assert "--cross-leyer" in err

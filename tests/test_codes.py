@@ -1,0 +1,103 @@
+"""Sparse codes: values and gradients are those of dense masked products, whatever is active."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from crosslayer.coders.codes import DenseCodes, Pattern, SparseCodes, active_codes, encode_active
+
+F, D, K = 7, 5, 6
+
+ACTIVE = {
+    "every token": [[0, 3], [6], [1, 2, 3]],
+    "silent tokens between": [[], [0, 3], [], [], [6, 0]],
+    "a silent last token": [[2], [5, 4], []],
+    "nothing at all": [[], []],
+    "one token": [[4, 1]],
+    "one silent token": [[]],
+}
+
+
+@pytest.fixture(params=ACTIVE)
+def pattern(request) -> Pattern:
+    return make_pattern(ACTIVE[request.param])
+
+
+def make_pattern(rows: list[list[int]]) -> Pattern:
+    tokens = torch.tensor([n for n, row in enumerate(rows) for _ in row], dtype=torch.long)
+    features = torch.tensor([f for row in rows for f in row], dtype=torch.long)
+    return Pattern.from_pairs(tokens, features, len(rows), F)
+
+
+def doubles(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.double, requires_grad=True)
+
+
+def mask_of(pattern: Pattern) -> torch.Tensor:
+    mask = torch.zeros(pattern.n_tokens, F, dtype=torch.double)
+    mask[pattern.tokens, pattern.features] = 1
+    return mask
+
+
+def test_decode_is_the_dense_product(pattern):
+    values, W = doubles(len(pattern.tokens)), doubles(F, K)
+    codes = SparseCodes(pattern, values)
+    torch.testing.assert_close(codes.decode(W), codes.dense() @ W)
+    torch.testing.assert_close(codes.decode(W), DenseCodes(codes.dense()).decode(W))
+
+
+def test_decode_has_the_gradients_of_the_dense_product(pattern):
+    values, W, ahead = doubles(len(pattern.tokens)), doubles(F, K), doubles(pattern.n_tokens, K).detach()
+    codes = SparseCodes(pattern, values)
+    ours = torch.autograd.grad((codes.decode(W) * ahead).sum(), (values, W))
+    dense = torch.autograd.grad(((codes.dense() @ W) * ahead).sum(), (values, W))
+    torch.testing.assert_close(ours, dense)
+
+
+def test_decode_passes_gradcheck(pattern):
+    values, W = doubles(len(pattern.tokens)), doubles(F, K)
+    assert gradcheck(lambda v, W: SparseCodes(pattern, v).decode(W), (values, W))
+
+
+def test_encode_active_has_the_gradients_of_the_masked_dense_encoder(pattern):
+    x, W, b, ahead = doubles(pattern.n_tokens, D), doubles(F, D), doubles(F), doubles(pattern.n_tokens, F).detach()
+    pre = x @ W.T + b
+    values = pre.detach()[pattern.tokens, pattern.features]
+    codes = encode_active(x, W, b, pattern, values)
+    torch.testing.assert_close(codes.dense(), pre * mask_of(pattern))
+    ours = torch.autograd.grad((codes.dense() * ahead).sum(), (x, W, b))
+    dense = torch.autograd.grad((pre * mask_of(pattern) * ahead).sum(), (x, W, b))
+    torch.testing.assert_close(ours, dense)
+
+
+def test_encode_active_passes_gradcheck(pattern):
+    def values(x, W, b):
+        pre = (x @ W.T + b).detach()[pattern.tokens, pattern.features]
+        return encode_active(x, W, b, pattern, pre).values
+
+    assert gradcheck(values, (doubles(pattern.n_tokens, D), doubles(F, D), doubles(F)))
+
+
+def test_encode_then_decode_has_the_gradients_of_the_dense_transcoder(pattern):
+    x, W, b, W_dec = doubles(pattern.n_tokens, D), doubles(F, D), doubles(F), doubles(F, K)
+    pre = x @ W.T + b
+    codes = encode_active(x, W, b, pattern, pre.detach()[pattern.tokens, pattern.features])
+    ours = torch.autograd.grad(codes.decode(W_dec).square().sum(), (x, W, b, W_dec))
+    dense = torch.autograd.grad(((pre * mask_of(pattern)) @ W_dec).square().sum(), (x, W, b, W_dec))
+    torch.testing.assert_close(ours, dense)
+
+
+def test_counts_are_those_of_the_dense_codes(pattern):
+    codes = SparseCodes(pattern, torch.rand(len(pattern.tokens)) + 0.1)
+    assert torch.equal(codes.counts(), mask_of(pattern).sum(0).float())
+    assert torch.equal(codes.counts(), DenseCodes(codes.dense()).counts())
+
+
+@given(st.integers(1, 6), st.integers(0, 10_000))
+def test_active_codes_keep_what_the_mask_keeps(n_tokens, seed):
+    pre = torch.randn(n_tokens, F, generator=torch.Generator().manual_seed(seed))
+    codes = active_codes(pre, pre > 0.5)
+    assert torch.equal(codes.dense(), pre * (pre > 0.5))
+    assert codes.pattern.offsets.diff().tolist() == (pre > 0.5).sum(1).tolist()
