@@ -16,18 +16,23 @@ def config(**settings) -> TrainConfig:
 
 
 def test_the_learning_rate_rises_stays_and_falls():
-    rate = config(learning_rate=0.5, warmup_share=0.1, decay_share=0.4).rate
-    assert [rate(p) for p in (0.0, 0.05, 0.1, 0.35, 0.6, 0.8, 1.0)] == pytest.approx([0, 0.25, 0.5, 0.5, 0.5, 0.25, 0])
+    schedule = config(warmup_share=0.1, decay_share=0.4).schedule
+    assert [schedule(p) for p in (0.0, 0.05, 0.1, 0.35, 0.6, 0.8, 1.0)] == pytest.approx([0, 0.5, 1, 1, 1, 0.5, 0])
 
 
 def test_without_warmup_and_decay_the_learning_rate_is_flat():
-    rate = config(learning_rate=0.5, warmup_share=0.0, decay_share=0.0).rate
-    assert {rate(p) for p in (0.0, 0.3, 1.0)} == {0.5}
+    schedule = config(warmup_share=0.0, decay_share=0.0).schedule
+    assert {schedule(p) for p in (0.0, 0.3, 1.0)} == {1.0}
 
 
 @given(st.floats(0, 1), st.floats(0, 0.5), st.floats(0, 0.5))
 def test_the_learning_rate_stays_between_0_and_its_peak(progress, warmup, decay):
-    assert 0 <= config(warmup_share=warmup, decay_share=decay).rate(progress) <= 2e-3
+    assert 0 <= config(warmup_share=warmup, decay_share=decay).schedule(progress) <= 1
+
+
+def test_the_peak_rate_falls_with_the_width_unless_one_is_given():
+    assert [config().peak_rate(F) for F in (100, 750, 24_000)] == pytest.approx([0.016, 0.016, 5e-4])
+    assert config(learning_rate=0.5).peak_rate(24_000) == 0.5
 
 
 def test_the_width_is_given_or_a_multiple_of_d_model():

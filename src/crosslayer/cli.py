@@ -83,7 +83,7 @@ def train(
     sparsity: Annotated[str, arg(help=f"One of {', '.join(KINDS)}.")] = "joint-topk",
     k: Annotated[int | None, arg(help="Active features a token: over all layers (joint-topk), a layer (topk).")] = None,
     penalty: Annotated[float | None, arg(help="Weight of the sparsity penalty of relu and jumprelu.")] = None,
-    learning_rate: Annotated[float, arg(help="Adam's peak learning rate; 1e-4 to 4e-4 for large models.")] = 2e-3,
+    learning_rate: Annotated[float | None, arg(help="Adam's peak rate; 12 / features a layer, at most 0.016.")] = None,
     batch_tokens: Annotated[int, arg(help="Tokens a step, about.")] = 1024,
     read: Annotated[
         str, arg(help="What the encoders read: resid (before the MLP's norm) or mlp_in (after).")

@@ -27,8 +27,10 @@ from crosslayer.wiring import Wiring
 from crosslayer.workflow import with_metrics
 
 MODEL = "emoji-llava"
-DEFAULT_TOKENS = 480_000
-PROBES = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+DEFAULT_TOKENS = 200_000
+D_TRANSCODER, K = 256, 8
+"""Features a layer, and active features a token over all layers: sparse enough for graphs that can be read."""
+PROBES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 """Shares of the training at which top-1 agreement is looked at."""
 PROBE_PROMPTS = 96
 CALIBRATION_TOKENS = 2_048
@@ -159,7 +161,7 @@ def _arms(model: LoadedModel, tokens: int, seed: int) -> list[tuple[str, str, Tr
         (
             name,
             title,
-            TrainConfig(wiring=wiring, sparsity=JointTopK(64), d_transcoder=768, tokens=tokens, seed=seed),
+            TrainConfig(wiring=wiring, sparsity=JointTopK(K), d_transcoder=D_TRANSCODER, tokens=tokens, seed=seed),
         )
         for name, title, wiring in wirings
     ]

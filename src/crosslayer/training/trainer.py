@@ -146,7 +146,7 @@ class Trainer:
         return trainer
 
     def _update(self, loss: Tensor) -> float:
-        rate = self.config.rate(self.progress)
+        rate = self.config.peak_rate(self.coder.d_transcoder) * self.config.schedule(self.progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
