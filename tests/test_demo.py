@@ -49,6 +49,18 @@ def test_report_shows_what_each_model_says(demo):
         assert set(scene) == {"prompt", "truth", "original", "plt", "clt", "clt-next"}
 
 
+def test_the_table_shows_the_figures_of_the_json(demo):
+    report = json.loads((demo / "report.json").read_text())["arms"]["clt"]
+    cells = re.findall(r"<t[hd]>(.*?)</t[hd]>", (demo / "report.html").read_text().split("</table>")[0])
+    width = len(cells) // 4
+    clt = {
+        name: re.sub("<.*?>", "", cell) for name, cell in zip(cells[:width], cells[2 * width : 3 * width], strict=True)
+    }
+    assert clt["arm"] == "clt"
+    assert clt["l0"] == f"{report['evaluation']['l0']['value']:.1f}"
+    assert clt["CE recovered"] == f"{report['evaluation']['cross_entropy_recovered']['value']:.3f}"
+
+
 @pytest.mark.parametrize(("arm", "span", "first_target"), [("plt", 1, 0), ("clt", 10, 0), ("clt-next", 9, 1)])
 def test_finished_arms_are_runs(demo, arm, span, first_target):
     coder = xl.CrossLayerTranscoder.load(demo / arm)

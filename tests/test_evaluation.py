@@ -163,6 +163,14 @@ def test_a_replacement_that_babbles_is_called_degenerate(llava):
     word = llava.processor.tokenizer.decode([token])
     assert score.verdict == f"degenerate: 100% of the generated tokens are {word!r}"
     assert score.repetition_rate.value == pytest.approx(8 / 9)
+    assert score.degenerate_share.value == 1
+
+
+def test_a_replacement_that_ends_at_once_is_called_silent(llava):
+    write = torch.zeros(3, 32)
+    write[2] = 1000 * llava.model.lm_head.weight[llava.processor.tokenizer.eos_token_id]
+    score = evaluate(llava, silent(llava, write), examples(), max_new_tokens=4)
+    assert score.verdict == "silent: 100% of its answers end at once"
 
 
 def test_a_replacement_that_does_not_repeat_itself_speaks(llama_folder):

@@ -22,7 +22,7 @@ from crosslayer.replacement.model import ReplacementModel, generate_tokens
 
 MODALITIES = ("all", "text", "image")
 DEGENERATE = 0.5
-"""Repetition rate from which a replacement's speech is called degenerate."""
+"""Repetition rate above which a continuation is degenerate, and share of continuations above which the speech is."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,10 @@ class Evaluation:
     """Share of the original's greedily generated tokens that the replacement generates too, position by position."""
     repetition_rate: Figure
     """Repeated 4-grams among the replacement's generated 4-grams."""
+    degenerate_share: Figure
+    """Share of the replacement's continuations in which more than half of the 4-grams are repeated."""
     verdict: str
-    """`speaks`, or what the replacement repeats when its speech is degenerate."""
+    """`speaks`, `silent`, or what the replacement repeats when most of its continuations are degenerate."""
     fvu: Figure
     """Mean over layers."""
     l0: Figure
@@ -179,13 +181,16 @@ class _Speech:
             self.generated.update(theirs)
             for name, count in zip(("matched", "generated"), metrics.generation_match(ours, theirs), strict=True):
                 self._keep(name, torch.tensor([[count]]))
-            for name, count in zip(("repeated", "grams"), metrics.repetition(theirs), strict=True):
-                self._keep(name, torch.tensor([[count]]))
+            repeated, grams = metrics.repetition(theirs)
+            self._keep("repeated", torch.tensor([[repeated]]))
+            self._keep("grams", torch.tensor([[grams]]))
+            self._keep("degenerate", torch.tensor([[repeated > DEGENERATE * grams]]))
+            self._keep("silent", torch.tensor([[len(theirs) <= 1 < len(ours)]]))
 
     def figures(self) -> dict:
         """The figures of `Evaluation` that concern speech."""
         s = {name: torch.cat(parts).cpu() for name, parts in self.sums.items()}
-        repetition_rate = metrics.ratio(s["repeated"], s["grams"])
+        each = torch.ones_like(s["degenerate"])
         return {
             "n_tokens": int(s["scored"].sum()),
             "n_filtered": int(s["filtered"].sum()),
@@ -200,8 +205,9 @@ class _Speech:
                 s["ce_ablated"] - s["ce_replaced"], s["ce_ablated"] - s["ce_original"]
             ),
             "generation_match": metrics.ratio(s["matched"], s["generated"]),
-            "repetition_rate": repetition_rate,
-            "verdict": self._verdict(repetition_rate),
+            "repetition_rate": metrics.ratio(s["repeated"], s["grams"]),
+            "degenerate_share": metrics.ratio(s["degenerate"], each),
+            "verdict": self._verdict(s["degenerate"].mean().item(), s["silent"].mean().item()),
         }
 
     def _ablated(self, batch: Batch) -> Tensor:
@@ -209,8 +215,10 @@ class _Speech:
         with replacing(self.model.sites, lambda layer: self.mean_write[layer].expand(shape)):
             return self.model.model(**batch.inputs, use_cache=False).logits
 
-    def _verdict(self, repetition_rate: Figure) -> str:
-        if not repetition_rate.value > DEGENERATE:
+    def _verdict(self, degenerate: float, silent: float) -> str:
+        if silent > DEGENERATE:
+            return f"silent: {silent:.0%} of its answers end at once"
+        if degenerate <= DEGENERATE:
             return "speaks"
         token, count = self.generated.most_common(1)[0]
         tokenizer = getattr(self.model.processor, "tokenizer", self.model.processor)

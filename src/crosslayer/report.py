@@ -50,28 +50,16 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def comparison(result: DemoResult) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the demo's table: an arm a row."""
-    header = [
-        "arm",
-        "agreement",
-        "generation",
-        "agreement at",
-        "KL",
-        "fvu",
-        "l0",
-        "dead",
-        "CE recovered",
-        "tok/s",
-        "train s",
-    ]
-    header[3] = f"after {result.equal_time:.0f} s"
-    return header, [_comparison_row(result, arm) for arm in result.arms]
+    rows = [_comparison_row(result, arm) for arm in result.arms]
+    return list(rows[0]), [list(row.values()) for row in rows]
 
 
 def comparison_table(result: DemoResult) -> str:
     """The demo's table for a terminal, with a line on what its columns are."""
     legend = (
-        "agreement: top-1, teacher-forced, on answer tokens of held-out scenes; generation: greedy tokens that match; "
-        f"after {result.equal_time:.0f} s: agreement at equal training time (validation scenes)"
+        "agreement: top-1, teacher-forced, on answer tokens of held-out scenes; generation: greedy tokens that match;\n"
+        "loops: greedy answers that repeat themselves; "
+        f"after {result.equal_time:.0f} s: agreement at equal training time, on validation scenes"
     )
     return f"{table(*comparison(result))}\n{legend}"
 
@@ -86,6 +74,7 @@ def evaluation_table(result: Evaluation) -> str:
         "kl": "KL, nats a token",
         "cross_entropy_recovered": "cross-entropy recovered",
         "repetition_rate": "repetition rate",
+        "degenerate_share": "answers that loop",
         "fvu": "fvu, mean over layers",
         "l0": "l0, all layers",
     }
@@ -139,21 +128,22 @@ def write_report(path: Path, result: DemoResult) -> None:
     write_text(path, page)
 
 
-def _comparison_row(result: DemoResult, arm: Arm) -> list[str]:
+def _comparison_row(result: DemoResult, arm: Arm) -> dict[str, str]:
     e = result.evaluations[arm.name]
-    return [
-        arm.name,
-        str(e.top1_agreement),
-        str(e.generation_match),
-        f"{arm.agreement_at(result.equal_time):.3f}",
-        f"{e.kl.value:.3f}",
-        f"{e.cross_entropy_recovered.value:.3f}",
-        f"{e.fvu.value:.4f}",
-        f"{e.l0.value:.1f}",
-        f"{e.dead_fraction:.1%}",
-        f"{arm.trainer.tokens / arm.seconds:,.0f}",
-        f"{arm.seconds:.0f}",
-    ]
+    return {
+        "arm": arm.name,
+        "agreement": str(e.top1_agreement),
+        "generation": str(e.generation_match),
+        "loops": f"{e.degenerate_share.value:.0%}",
+        f"after {result.equal_time:.0f} s": f"{arm.agreement_at(result.equal_time):.3f}",
+        "KL": f"{e.kl.value:.3f}",
+        "CE recovered": f"{e.cross_entropy_recovered.value:.3f}",
+        "fvu": f"{e.fvu.value:.3f}",
+        "l0": f"{e.l0.value:.1f}",
+        "dead": f"{e.dead_fraction:.0%}",
+        "tok/s": f"{arm.trainer.tokens / arm.seconds:,.0f}",
+        "train s": f"{arm.seconds:.0f}",
+    }
 
 
 def _cells(figure: Figure) -> list[str]:
@@ -180,7 +170,7 @@ def _svg(draw: Callable[[Axes], None]) -> str:
         canvas = Canvas(figsize=(5.6, 3.5), layout="constrained")
         draw(canvas.add_subplot())
         buffer = io.BytesIO()
-        canvas.savefig(buffer, format="svg", metadata={"Date": None})
+        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return buffer.getvalue().decode().split("?>", 1)[1].split(">", 1)[1]
 
 
@@ -192,9 +182,10 @@ def _png(picture: Image.Image, scale: int = 2) -> str:
 
 
 def _agreement_bars(ax: Axes, result: DemoResult) -> None:
+    hesitant = next(iter(result.evaluations.values())).n_filtered
     measures = {
         "top1_agreement": "top-1\nagreement",
-        "top1_agreement_filtered": "top-1, hesitant\ntokens",
+        "top1_agreement_filtered": f"top-1, {hesitant}\nhesitant tokens",
         "generation_match": "generation\nmatch",
     }
     width = 0.8 / len(result.arms)
