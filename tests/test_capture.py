@@ -125,3 +125,12 @@ def test_activations_are_cut_and_joined():
     parts = [activations[:7], activations[torch.arange(7, 20)]]
     assert same(Activations.concatenate(parts), activations)
     assert same(activations[activations.image], activations[activations.image.nonzero().squeeze(1)])
+
+
+def test_a_chunk_keeps_to_its_memory(llama):
+    budget = 20_000
+    source = ModelSource(llama, text_examples(40), chunk_bytes=budget)
+    chunk = source.chunk(0)
+    assert 1 < source.chunk_prompts < 40
+    assert chunk.x.nbytes + chunk.y.nbytes <= 1.5 * budget
+    assert ModelSource(llama, text_examples(40)).chunk_prompts == 512

@@ -139,3 +139,11 @@ def test_wrong_data_sets_are_named(folder):
     (folder / "t.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"t.txt: is not UTF-8 text"):
         load_data(folder / "t.txt")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"), [({"n": 0}, "0 examples"), ({"split": "tset"}, "'tset'; choose one of")]
+)
+def test_numbers_and_splits_that_are_none_are_refused(settings, named):
+    with pytest.raises(UserError, match=named):
+        load_data("emoji-scenes", **settings)

@@ -176,7 +176,7 @@ def test_a_full_disk_stops_the_training_and_keeps_the_last_state(whole, tmp_path
     [
         ({"sparsity": JointTopK(7)}, {}, r"was started with sparsity = .*'k': 6.*, now .*'k': 7"),
         ({"sparsity": JumpReLU()}, {}, "was started with sparsity"),
-        ({"learning_rate": 0.5}, {}, r"was started with learning_rate = 0\.002, now 0\.5 is asked for"),
+        ({"learning_rate": 0.5}, {}, r"was started with learning_rate = None, now 0\.5 is asked for"),
         ({"tokens": 9999}, {}, "was started with tokens = 2500, now 9999"),
         ({"auxk": AuxK(k=3)}, {}, "was started with auxk"),
         ({"seed": 5}, {}, "was started with seed = 0, now 5"),

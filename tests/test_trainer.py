@@ -115,11 +115,17 @@ def test_weights_that_blow_up_are_named_as_the_reconstruction():
         coach.step(batch(0))
 
 
-def test_a_penalty_that_blows_up_is_named():
-    coach = trainer(sparsity=ReLU(1e38))
+@pytest.mark.parametrize(
+    ("coefficient", "named"),
+    [(1e45, "the penalty is not a finite number"), (1e38, "the gradient of .* is not a finite number")],
+)
+def test_a_penalty_that_blows_up_is_named_and_leaves_the_weights(coefficient, named):
+    coach = trainer(sparsity=ReLU(coefficient))
     coach.step(batch(0))
-    with pytest.raises(UserError, match="the penalty is not a finite number"):
-        run(coach, range(1, 40))
+    before = [parameter.clone() for parameter in coach.coder.parameters()]
+    with pytest.raises(UserError, match=named):
+        coach.step(batch(1))
+    assert all(torch.equal(a, b) for a, b in zip(before, coach.coder.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("sparsity", [JointTopK(12), JumpReLU(1e-3)], ids=lambda s: type(s).__name__)

@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import EngFormatter
 from PIL import Image
 
 from crosslayer.demo import Arm, DemoResult
@@ -226,5 +227,6 @@ def _training_curves(ax: Axes, result: DemoResult) -> None:
     for arm in result.arms:
         ax.plot([m.tokens for m in arm.log], [m.fvu for m in arm.log], color=COLOURS[arm.name], lw=1.2)
     ax.set_yscale("log")
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.set_xlabel("training tokens")
     ax.set_ylabel("fvu, training batch")

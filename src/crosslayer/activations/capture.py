@@ -49,8 +49,8 @@ def capture(model: LoadedModel, examples: Sequence[Example], numbers: Sequence[i
 class ModelSource:
     """Chunks of activations captured from a model on demand: the same index always gives the same tokens.
 
-    Examples are visited in an order drawn anew for each epoch from `seed`; a chunk is the next `chunk_prompts` of
-    them, captured in batches of `batch_prompts`.
+    Examples are visited in an order drawn anew for each epoch from `seed`. A chunk is the next few hundred of them,
+    or as many as fit into `chunk_bytes`, captured in batches of `batch_prompts`.
     """
 
     def __init__(
@@ -60,12 +60,14 @@ class ModelSource:
         *,
         seed: int = 0,
         chunk_prompts: int = 512,
+        chunk_bytes: int = 2**30,
         batch_prompts: int = 64,
     ):
         if not len(examples):
             raise UserError("the data set is empty; give at least one example")
         self.model, self.examples, self.seed = model, examples, seed
-        self.chunk_prompts, self.batch_prompts = chunk_prompts, batch_prompts
+        fitting = max(1, chunk_bytes // _bytes_a_prompt(model, examples))
+        self.chunk_prompts, self.batch_prompts = min(chunk_prompts, fitting), min(batch_prompts, fitting)
         self._epoch, self._order = -1, list[int]()
 
     def chunk(self, index: int) -> Activations:
@@ -85,3 +87,10 @@ class ModelSource:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self.examples), generator=generator).tolist()
         return self._order[place]
+
+
+def _bytes_a_prompt(model: LoadedModel, examples: Sequence[Example], n: int = 8) -> int:
+    """Memory that the activations of a prompt take, judged by the first few."""
+    batch = prepare(model.model, model.processor, [examples[i] for i in range(min(n, len(examples)))])
+    tokens = batch.attention.sum(1).max().item()
+    return int(2 * tokens * model.n_layers * model.d_model * model.model.dtype.itemsize)

@@ -10,6 +10,7 @@ from crosslayer.zoo.emoji_llava.world import conversations, render
 
 EMOJI_SCENES = "emoji-scenes"
 N_SCENES = 20_000
+SPLITS = ("train", "validation", "test")
 
 
 def load_data(
@@ -33,6 +34,10 @@ def load_data(
     Raises:
         UserError: when there is no such data set, it is empty, or a line is not what it should be.
     """
+    if n is not None and n < 1:
+        raise UserError(f"{n} examples were asked for; choose at least 1")
+    if split not in SPLITS:
+        raise UserError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
     if str(source) == EMOJI_SCENES:
         return _emoji_scenes(N_SCENES if n is None else n, split, seed)
     path = Path(source)

@@ -101,7 +101,7 @@ def _source(name: str) -> str:
 
 def _from_hub(auto: Any, source: str, name: str, revision: str | None, **settings: Any) -> Any:
     try:
-        return auto.from_pretrained(source, revision=revision, **settings)
+        return auto.from_pretrained(source, revision=revision, trust_remote_code=False, **settings)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -73,5 +73,7 @@ def usable_tokens(source: ChunkSource, place: Place, batch_tokens: int, n: int, 
 
 def _cut(chosen: Usable, batch_tokens: int, seed: int) -> tuple[torch.Tensor, ...]:
     rows = chosen.keep.nonzero().squeeze(1)
+    if not len(rows):
+        return ()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return rows[order.to(rows.device)].tensor_split(max(1, round(len(rows) / batch_tokens)))

@@ -71,7 +71,8 @@ class Trainer:
         """One optimiser step.
 
         Raises:
-            UserError: when an activation or the loss is not a number, naming the layer; the weights stay as they were.
+            UserError: when an activation, the loss or a gradient is not a finite number, naming the layer or tensor;
+                the weights stay as they were.
         """
         x = batch.x / self.scales.input[:, None]
         y = batch.y / self.scales.output[:, None]
@@ -151,8 +152,18 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self._check_gradients()
         self.optimizer.step()
         return rate
+
+    def _check_gradients(self) -> None:
+        gradients = [p.grad for p in self.coder.parameters() if p.grad is not None]
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            bad = [n for n, p in self.coder.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            name = bad[0] if bad else "all parameters together"
+            raise UserError(
+                f"step {self.step_number + 1}: the gradient of {name} is not a finite number; lower the learning rate"
+            )
 
     def _count(self, counts: Tensor, n_tokens: int) -> None:
         keep = 0.5 ** (n_tokens / self.config.density_tokens)
