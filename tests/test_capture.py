@@ -128,7 +128,7 @@ def test_activations_are_cut_and_joined():
 
 
 def test_a_chunk_keeps_to_its_memory(llama):
-    budget = 20_000
+    budget = 100_000
     source = ModelSource(llama, text_examples(40), chunk_bytes=budget)
     chunk = source.chunk(0)
     assert 1 < source.chunk_prompts < 40

@@ -1,9 +1,11 @@
 """The command line: one subcommand per verb, each of which parses, calls and prints."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import huggingface_hub
 import transformers
 import tyro
 from tyro.conf import Positional, arg
@@ -24,9 +26,9 @@ from crosslayer.training.config import TrainConfig
 from crosslayer.wiring import Wiring
 from crosslayer.workflow import train as run_training
 
-Model = Annotated[Positional[str], arg(help="Bundled name (emoji-llava), model folder, or hub id.")]
-Data = Annotated[Positional[str], arg(help="emoji-scenes, a text file (an example a line), or JSON lines.")]
-Run = Annotated[Positional[str], arg(help="Folder of a trained transcoder, or its hub id.")]
+Model = Annotated[Positional[str], arg(metavar="MODEL", help="Bundled name (emoji-llava), model folder, or hub id.")]
+Data = Annotated[Positional[str], arg(metavar="DATA", help="emoji-scenes, a text file (a line each), or JSON lines.")]
+Run = Annotated[Positional[str], arg(metavar="RUN", help="Folder of a trained transcoder, or its hub id.")]
 Images = Annotated[Path | None, arg(help="Folder that image paths in DATA are relative to; DATA's own by default.")]
 Read = Annotated[str, arg(help="What the encoders read: resid (before the MLP's norm) or mlp_in (after).")]
 Revision = Annotated[str | None, arg(help="Revision of a hub id.")]
@@ -158,6 +160,7 @@ def main() -> None:
     debug = "--debug" in args
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()
     try:
         tyro.extras.subcommand_cli_from_dict(
             VERBS, prog="crosslayer", description=_DESCRIPTION, args=[a for a in args if a != "--debug"]
@@ -166,6 +169,8 @@ def main() -> None:
         _stop(error, debug, 2)
     except KeyboardInterrupt as stop:
         _stop(stop, debug, 130)
+    except BrokenPipeError:  # the reader of our output, `head` for one, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 _DESCRIPTION = (

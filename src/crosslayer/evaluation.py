@@ -74,7 +74,7 @@ class Evaluation:
     l0: Figure
     """Active features a token, summed over layers."""
     dead_fraction: float
-    """Features of all layers that fired on no token."""
+    """Features of all layers that fired on no token; no interval, as resampled prompts can only fire fewer."""
     layers: dict[str, list[LayerFigures]] = field(default_factory=dict)
     """By modality: `all`, `text`, `image`."""
 

@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Callable
 from importlib.resources import files
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,10 @@ def _comparison_row(result: DemoResult, arm: Arm) -> dict[str, str]:
 
 
 def _cells(figure: Figure) -> list[str]:
-    return [f"{figure.value:.3f}", f"{figure.low:.3f} .. {figure.high:.3f}"]
+    if isnan(figure.value):
+        return ["-", "nothing to measure"]
+    interval = "too few prompts" if isnan(figure.low) else f"{figure.low:.3f} .. {figure.high:.3f}"
+    return [f"{figure.value:.3f}", interval]
 
 
 def _layers_table(result: Evaluation) -> str:
