@@ -147,3 +147,9 @@ def test_wrong_data_sets_are_named(folder):
 def test_numbers_and_splits_that_are_none_are_refused(settings, named):
     with pytest.raises(UserError, match=named):
         load_data("emoji-scenes", **settings)
+
+
+def test_images_for_a_model_that_reads_none_are_refused(llama, llava):
+    assert len(load_data("emoji-scenes", model=llava, n=2)) == 2
+    with pytest.raises(UserError, match="has images, which this model does not read"):
+        load_data("emoji-scenes", model=llama, n=2)

@@ -222,3 +222,11 @@ def test_half_precision_models_are_replaced_too(llama, llama_folder):
 def test_a_transcoder_of_another_model_is_refused(llama, coder, named):
     with pytest.raises(UserError, match=named):
         ReplacementModel(llama, coder)
+
+
+def test_a_picture_may_be_given_by_its_path(llava, tmp_path):
+    picture, path = Image.new("RGB", (96, 96), "red"), tmp_path / "red.png"
+    picture.save(path)
+    model = ReplacementModel(llava, finished_coder(Wiring.full(3)))
+    assert model.generate("a cat", image=str(path)) == model.generate("a cat", image=picture)
+    assert model.generate("a cat", image=path) == model.generate("a cat", image=picture)

@@ -106,7 +106,7 @@ def train(
         learning_rate=learning_rate,
         seed=seed,
     )
-    coder = run_training(loaded, load_data(data, images), config, out, resume=resume, overwrite=overwrite)
+    coder = run_training(loaded, load_data(data, images, loaded), config, out, resume=resume, overwrite=overwrite)
     counted = coder.provenance.training["counted"]
     print(
         f"trained on {counted['tokens']:,} tokens; left out {counted['first_left_out']:,} first positions "
@@ -211,4 +211,4 @@ def _load_run(run: str, model: str | None) -> tuple[CrossLayerTranscoder, Loaded
 def _held_out(model: LoadedModel, data: str | None, images: Path | None, prompts: int) -> Examples:
     if data is None and model.id != "emoji-llava":
         raise UserError(f"name the DATA to evaluate on; {EMOJI_SCENES} are for the bundled model only")
-    return load_data(data or EMOJI_SCENES, images, split="test", n=prompts)
+    return load_data(data or EMOJI_SCENES, images, model, split="test", n=prompts)

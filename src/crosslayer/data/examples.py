@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 from PIL import Image, UnidentifiedImageError
 
@@ -42,6 +43,12 @@ class Examples(Sequence[Example]):
 
     def __len__(self) -> int:
         return self.n
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Examples": ...
 
     def __getitem__(self, index):
         if isinstance(index, slice):

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from crosslayer.data.examples import Example, Examples
 from crosslayer.errors import UserError
@@ -13,9 +13,20 @@ N_SCENES = 20_000
 SPLITS = ("train", "validation", "test")
 
 
+@runtime_checkable
+class Reader(Protocol):
+    """What a data set asks of the model that will read it."""
+
+    @property
+    def sees(self) -> bool:
+        """Whether it reads images."""
+        ...
+
+
 def load_data(
     source: str | Path,
     images: str | Path | None = None,
+    model: Reader | None = None,
     *,
     split: str = "train",
     n: int | None = None,
@@ -27,13 +38,22 @@ def load_data(
         source: `emoji-scenes` (the bundled model's world, drawn on demand), a text file (an example a line) or JSON
             lines with `prompt` (or `text`), and `response` and `image` where there are some.
         images: folder that `image` paths are relative to; the file's own folder when left out.
+        model: what will read the data, to be told at once where it cannot.
         split: `train`, `validation` or `test`; of `emoji-scenes` only.
         n: how many examples; all of a file's, or 20,000 scenes, when left out.
         seed: of `emoji-scenes` only.
 
     Raises:
-        UserError: when there is no such data set, it is empty, or a line is not what it should be.
+        UserError: when there is no such data set, it is empty, a line is not what it should be, or there are images
+            and the model reads none.
     """
+    examples = _read(source, images, split, n, seed)
+    if model is not None and not model.sees and any(e.image is not None for e in examples[:100]):
+        raise UserError(f"{source}: has images, which this model does not read; choose another model or data set")
+    return examples
+
+
+def _read(source: str | Path, images: str | Path | None, split: str, n: int | None, seed: int) -> Examples:
     if n is not None and n < 1:
         raise UserError(f"{n} examples were asked for; choose at least 1")
     if split not in SPLITS:

@@ -54,6 +54,11 @@ class LoadedModel:
         return self.model.device
 
     @property
+    def sees(self) -> bool:
+        """Whether it reads images."""
+        return _sees(self.model.config)
+
+    @property
     def body(self) -> nn.Module:
         """The model without its head: enough to see every site."""
         return self.model.base_model

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,9 +54,13 @@ class ReplacementModel:
         with self.replaced():
             return self.model.model(**batch.inputs, use_cache=False).logits
 
-    def generate(self, prompt: str, image: "Image.Image | None" = None, **sampling: Any) -> str:
-        """The replacement model's continuation of one prompt; `sampling` goes to Hugging Face's `generate`."""
-        return self.generate_batch([Example("prompt", prompt, image=image)], **sampling)[0]
+    def generate(self, prompt: str, image: Image.Image | Path | str | None = None, **sampling: Any) -> str:
+        """The replacement model's continuation of one prompt, with a picture or the path of one.
+
+        `sampling` goes to Hugging Face's `generate`; greedy by default.
+        """
+        picture = Path(image) if isinstance(image, str) else image
+        return self.generate_batch([Example("prompt", prompt, image=picture)], **sampling)[0]
 
     def generate_batch(self, examples: list[Example], **sampling: Any) -> list[str]:
         """Continuations of several prompts, padded on the left."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration
 
-from .architecture import IMAGE_TOKENS, PAD, WORDS
-from .scene import Scene
+from crosslayer.zoo.emoji_llava.architecture import IMAGE_TOKENS, PAD, WORDS
+from crosslayer.zoo.emoji_llava.scene import Scene
 
 
 def alignment_loss(model: LlavaForConditionalGeneration, pixel_values: Tensor, words: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .objects import OBJECTS
-from .scene import CELL, GRID, SIZE
+from crosslayer.zoo.emoji_llava.objects import OBJECTS
+from crosslayer.zoo.emoji_llava.scene import CELL, GRID, SIZE
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaProcessor
 
-from .architecture import IMAGE, IMAGE_TOKENS
-from .conversation import Turn
-from .picture import pixels
-from .scene import Scene
+from crosslayer.zoo.emoji_llava.architecture import IMAGE, IMAGE_TOKENS
+from crosslayer.zoo.emoji_llava.conversation import Turn
+from crosslayer.zoo.emoji_llava.picture import pixels
+from crosslayer.zoo.emoji_llava.scene import Scene
 
 IGNORED = -100
 """The label of positions that the loss leaves out."""

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .language import DESCRIBE, answer, caption, question
-from .objects import OBJECTS, PAIRS
-from .sampling import KINDS, MOST, scenes, stream
-from .scene import Scene
+from crosslayer.zoo.emoji_llava.language import DESCRIBE, answer, caption, question
+from crosslayer.zoo.emoji_llava.objects import OBJECTS, PAIRS
+from crosslayer.zoo.emoji_llava.sampling import KINDS, MOST, scenes, stream
+from crosslayer.zoo.emoji_llava.scene import Scene
 
 MISSED = 0.5
 """Share of the questions with a "no" that ask for a partner, where a lead stands without it."""

@@ -1,7 +1,7 @@
 """What is said about a scene: its caption, and questions with yes or no for an answer."""
 
-from .objects import OBJECTS
-from .scene import Scene
+from crosslayer.zoo.emoji_llava.objects import OBJECTS
+from crosslayer.zoo.emoji_llava.scene import Scene
 
 DESCRIBE = "describe the picture ."
 """The prompt that a caption answers."""

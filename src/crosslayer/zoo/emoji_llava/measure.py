@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from . import folder
-from .language import DESCRIBE, mentions, question
-from .objects import OBJECTS, PAIRS
-from .replies import replies
-from .sampling import scenes
-from .scene import Scene
+from crosslayer.zoo.emoji_llava import folder
+from crosslayer.zoo.emoji_llava.language import DESCRIBE, mentions, question
+from crosslayer.zoo.emoji_llava.objects import OBJECTS, PAIRS
+from crosslayer.zoo.emoji_llava.replies import replies
+from crosslayer.zoo.emoji_llava.sampling import scenes
+from crosslayer.zoo.emoji_llava.scene import Scene
 
 Say = Callable[[Sequence[Scene], Sequence[str]], list[str]]
 """A model's replies, given a scene and a prompt for each."""

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from .scene import SIZE, Scene
-from .sheet import sprites
+from crosslayer.zoo.emoji_llava.scene import SIZE, Scene
+from crosslayer.zoo.emoji_llava.sheet import sprites
 
 Rng = np.random.Generator
 

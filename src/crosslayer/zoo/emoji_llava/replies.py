@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from .architecture import IMAGE
-from .picture import render
-from .scene import Scene
+from crosslayer.zoo.emoji_llava.architecture import IMAGE
+from crosslayer.zoo.emoji_llava.picture import render
+from crosslayer.zoo.emoji_llava.scene import Scene
 
 
 @torch.inference_mode()

@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-from .objects import OBJECTS, PAIRS
-from .scene import CELL, GRID, Placed, Scene
-from .sheet import SIDE
+from crosslayer.zoo.emoji_llava.objects import OBJECTS, PAIRS
+from crosslayer.zoo.emoji_llava.scene import CELL, GRID, Placed, Scene
+from crosslayer.zoo.emoji_llava.sheet import SIDE
 
 Rng = np.random.Generator
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .objects import EMOJI, OBJECTS
+from crosslayer.zoo.emoji_llava.objects import EMOJI, OBJECTS
 
 SIDE = 28
 """Pixels along each side of a sprite."""

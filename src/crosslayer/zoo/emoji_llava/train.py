@@ -13,11 +13,11 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
-from .align import alignment_loss, patch_words
-from .architecture import processor, untrained
-from .batch import IGNORED, collate, pixel_values
-from .conversation import conversations
-from .sampling import scenes
+from crosslayer.zoo.emoji_llava.align import alignment_loss, patch_words
+from crosslayer.zoo.emoji_llava.architecture import processor, untrained
+from crosslayer.zoo.emoji_llava.batch import IGNORED, collate, pixel_values
+from crosslayer.zoo.emoji_llava.conversation import conversations
+from crosslayer.zoo.emoji_llava.sampling import scenes
 
 
 @dataclass(frozen=True)

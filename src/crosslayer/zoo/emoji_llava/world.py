@@ -1,11 +1,11 @@
 """The world the model knows: emoji scenes whose truth is exact, and what is said about them."""
 
-from .conversation import Turn, conversations
-from .language import DESCRIBE, answer, caption, mentions, question
-from .objects import OBJECTS, PAIRS
-from .picture import render
-from .sampling import scenes
-from .scene import Placed, Scene
+from crosslayer.zoo.emoji_llava.conversation import Turn, conversations
+from crosslayer.zoo.emoji_llava.language import DESCRIBE, answer, caption, mentions, question
+from crosslayer.zoo.emoji_llava.objects import OBJECTS, PAIRS
+from crosslayer.zoo.emoji_llava.picture import render
+from crosslayer.zoo.emoji_llava.sampling import scenes
+from crosslayer.zoo.emoji_llava.scene import Placed, Scene
 
 __all__ = [
     "DESCRIBE",
