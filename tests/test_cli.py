@@ -46,7 +46,7 @@ def train(run, llama_folder, text, tmp_path):
     return call
 
 
-def refused(result: tuple[int, str, str], *words: object) -> None:
+def check_refused(result: tuple[int, str, str], *words: object) -> None:
     """Exit code 2 and one line on standard error, after any progress bar, that holds all the words."""
     code, _, err = result
     line = err.strip().splitlines()[-1]
@@ -84,9 +84,9 @@ def test_help_explains_every_option(run, verb):
 
 
 def test_unknown_model(run, tmp_path):
-    refused(run("inspect", tmp_path / "nothing"), tmp_path / "nothing", "emoji-llava")
-    refused(run("inspect", "no-such-model"), "no-such-model", "emoji-llava")
-    refused(run("inspect", tmp_path), tmp_path, "config.json")
+    check_refused(run("inspect", tmp_path / "nothing"), tmp_path / "nothing", "emoji-llava")
+    check_refused(run("inspect", "no-such-model"), "no-such-model", "emoji-llava")
+    check_refused(run("inspect", tmp_path), tmp_path, "config.json")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_unknown_model(run, tmp_path):
     ],
 )
 def test_settings_that_cannot_work(train, tmp_path, options, words):
-    refused(train(*options), *words)
+    check_refused(train(*options), *words)
     assert not (tmp_path / "run").exists()
 
 
@@ -115,9 +115,9 @@ def test_data_that_is_none(train, tmp_path):
     empty, broken = tmp_path / "empty.txt", tmp_path / "broken.jsonl"
     empty.write_text("\n\n")
     broken.write_text('{"prompt": "a cat"}\nnot json\n')
-    refused(train(data=tmp_path / "nothing.txt"), "nothing.txt", "emoji-scenes")
-    refused(train(data=empty), "empty.txt", "no examples")
-    refused(train(data=broken), "broken.jsonl:2", "not JSON")
+    check_refused(train(data=tmp_path / "nothing.txt"), "nothing.txt", "emoji-scenes")
+    check_refused(train(data=empty), "empty.txt", "no examples")
+    check_refused(train(data=broken), "broken.jsonl:2", "not JSON")
     assert not (tmp_path / "run").exists()
 
 
@@ -126,14 +126,14 @@ def test_image_that_is_none(run, train, tmp_path):
     fake = tmp_path / "fake.png"
     fake.write_text("not a picture")
     ask = ["generate", tmp_path / "run", "--prompt", "a cat", "--image"]
-    refused(run(*ask, fake), "fake.png", "not an image")
-    refused(run(*ask, tmp_path / "missing.png"), "missing.png", "no such image")
+    check_refused(run(*ask, fake), "fake.png", "not an image")
+    check_refused(run(*ask, tmp_path / "missing.png"), "missing.png", "no such image")
 
 
 def test_output_that_exists(train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    refused(train(), "--overwrite")
+    check_refused(train(), "--overwrite")
     assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
     assert train("--overwrite")[0] == 0
     assert (tmp_path / "run" / "config.json").is_file()
@@ -141,8 +141,8 @@ def test_output_that_exists(train, tmp_path):
 
 
 def test_run_that_is_none(run, tmp_path):
-    refused(run("evaluate", tmp_path / "nothing"), "nothing", "no such run")
-    refused(run("evaluate", tmp_path), "config.json")
+    check_refused(run("evaluate", tmp_path / "nothing"), "nothing", "no such run")
+    check_refused(run("evaluate", tmp_path), "config.json")
 
 
 def test_full_disk_keeps_the_last_state(train, tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_full_disk_keeps_the_last_state(train, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    refused(train(), "No space left on device")
+    check_refused(train(), "No space left on device")
     assert not [path for path in (tmp_path / "run").iterdir() if path.name != "metrics.jsonl"]
 
 
@@ -163,7 +163,7 @@ def test_loss_that_is_no_number_names_the_layer_and_keeps_the_last_good_state(tr
         return step(self, batch)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
-    refused(train(), "step 3", "layer 1's target")
+    check_refused(train(), "step 3", "layer 1's target")
     monkeypatch.setattr(Trainer, "step", step)
     assert train("--resume")[0] == 0
 

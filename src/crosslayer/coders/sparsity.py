@@ -68,31 +68,46 @@ class Sparsity(Protocol):
 
 
 @dataclass(frozen=True)
-class JointTopK:
-    """The k largest features of a token over *all* layers together, by activation x decoder norm.
-
-    The number per layer stays free, as use grows with depth. No layer can be encoded alone, so a coder trained with
-    it is converted to JumpReLU (`crosslayer.coders.calibration`) before it replaces anything.
-    """
+class _LargestK:
+    """What the TopK variants share: k, its annealing, and no need of a penalty."""
 
     k: int
-    """Active features a token, summed over layers."""
+    """Active features a token: over all layers (`JointTopK`) or in each (`TopK`)."""
     anneal_from: float = 6.0
     """K starts at this multiple of k ..."""
     anneal_share: float = 0.2
     """... and falls to k over this share of the training."""
 
     def __post_init__(self):
-        _check_positive("k", self.k)
-        _check_annealing(self)
+        if self.k < 1:
+            raise UserError(f"k is {self.k}; choose at least 1")
+        if self.anneal_from < 1 or not 0 <= self.anneal_share <= 1:
+            raise UserError(
+                f"anneal_from is {self.anneal_from} and anneal_share {self.anneal_share}; "
+                "choose anneal_from >= 1 and anneal_share from 0 to 1"
+            )
+
+    def at(self, progress: float) -> Any:
+        """See `Sparsity.at`: k falls geometrically."""
+        left = max(0.0, 1 - progress / self.anneal_share) if self.anneal_share else 0.0
+        return replace(self, k=round(self.k * self.anneal_from**left))
+
+    def penalty(self, coder: Encoder, encoded: Encoded, progress: float) -> float:
+        """None is needed."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class JointTopK(_LargestK):
+    """The k largest features of a token over *all* layers together, by activation x decoder norm.
+
+    The number per layer stays free, as use grows with depth. No layer can be encoded alone, so a coder trained with
+    it is converted to JumpReLU (`crosslayer.coders.calibration`) before it replaces anything.
+    """
 
     def check(self, n_sources: int, n_features: int) -> None:
         """See `Sparsity.check`."""
         _check_available(self.k, n_sources * n_features, f"{n_sources} layers of {n_features} features")
-
-    def at(self, progress: float) -> "JointTopK":
-        """See `Sparsity.at`."""
-        return replace(self, k=_annealed(self, progress))
 
     def encode(self, coder: Encoder, x: Tensor) -> Encoded:
         """See `Sparsity.encode`."""
@@ -109,33 +124,14 @@ class JointTopK:
             "joint TopK cannot encode one layer alone; calibrate the transcoder to JumpReLU thresholds first"
         )
 
-    def penalty(self, coder: Encoder, encoded: Encoded, progress: float) -> float:
-        """None is needed."""
-        return 0.0
-
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(_LargestK):
     """The k largest features of each layer."""
-
-    k: int
-    """Active features a token and layer."""
-    anneal_from: float = 6.0
-    """K starts at this multiple of k ..."""
-    anneal_share: float = 0.2
-    """... and falls to k over this share of the training."""
-
-    def __post_init__(self):
-        _check_positive("k", self.k)
-        _check_annealing(self)
 
     def check(self, n_sources: int, n_features: int) -> None:
         """See `Sparsity.check`."""
         _check_available(self.k, n_features, f"a layer of {n_features} features")
-
-    def at(self, progress: float) -> "TopK":
-        """See `Sparsity.at`."""
-        return replace(self, k=_annealed(self, progress))
 
     def encode(self, coder: Encoder, x: Tensor) -> Encoded:
         """See `Sparsity.encode`."""
@@ -143,17 +139,14 @@ class TopK:
             pre = coder.preactivations(x)
             scores = pre * coder.decoder_norms()
             top = scores.topk(min(self.k, scores.shape[2]), sorted=False)
-            patterns = [_pattern(top.indices[:, i], top.values[:, i] > 0, pre.shape[2]) for i in range(pre.shape[1])]
+            kept = zip(top.indices.unbind(1), top.values.unbind(1), strict=True)
+            patterns = [_pattern(features, scores > 0, pre.shape[2]) for features, scores in kept]
         return Encoded(pre, encode_patterns(coder, x, pre, patterns))
 
     def active(self, pre: Tensor, threshold: Tensor | None) -> Tensor:
         """See `Sparsity.active`; here the plain activation ranks, as the layer is alone."""
         top = pre.relu().topk(min(self.k, pre.shape[1]), sorted=False)
         return torch.zeros_like(pre, dtype=torch.bool).scatter_(1, top.indices, top.values > 0)
-
-    def penalty(self, coder: Encoder, encoded: Encoded, progress: float) -> float:
-        """None is needed."""
-        return 0.0
 
 
 @dataclass(frozen=True)
@@ -295,24 +288,6 @@ def _pattern(features: Tensor, keep: Tensor, n_features: int) -> Pattern:
     return Pattern.from_pairs(tokens, features[tokens, slots], features.shape[0], n_features)
 
 
-def _annealed(sparsity: "JointTopK | TopK", progress: float) -> int:
-    left = max(0.0, 1 - progress / sparsity.anneal_share) if sparsity.anneal_share else 0.0
-    return round(sparsity.k * sparsity.anneal_from**left)
-
-
 def _check_available(k: int, available: int, where: str) -> None:
     if k > available:
         raise UserError(f"k is {k}, but {where} are only {available}; lower k or raise d_transcoder")
-
-
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"{name} is {value}; choose at least 1")
-
-
-def _check_annealing(sparsity: "JointTopK | TopK") -> None:
-    if sparsity.anneal_from < 1 or not 0 <= sparsity.anneal_share <= 1:
-        raise UserError(
-            f"anneal_from is {sparsity.anneal_from} and anneal_share {sparsity.anneal_share}; "
-            "choose anneal_from >= 1 and anneal_share from 0 to 1"
-        )
