@@ -134,3 +134,11 @@ def test_a_chunk_keeps_to_its_memory(llama):
     assert 1 < source.chunk_prompts < 40
     assert chunk.x.nbytes + chunk.y.nbytes <= 1.5 * budget
     assert ModelSource(llama, text_examples(40)).chunk_prompts == 512
+
+
+def test_a_token_that_is_not_finite_is_no_outlier():
+    activations = random_activations(32, 3, 8)
+    activations.x[5, 1, 2] = torch.inf
+    chosen = usable(activations)
+    assert chosen.keep[5]
+    assert chosen.n_outliers == 0

@@ -270,3 +270,18 @@ def test_a_finished_run_is_not_resumed(llama, trained):
     with pytest.raises(UserError, match="is finished already; start without --resume"):
         train(llama, trained, resume=True)
     assert (trained / WEIGHTS).exists()
+
+
+def test_no_chunk_is_captured_for_nothing(tmp_path):
+    class Counting(Chunks):
+        def __init__(self):
+            super().__init__()
+            self.asked = []
+
+        def chunk(self, index: int) -> Activations:
+            self.asked.append(index)
+            return super().chunk(index)
+
+    source = Counting()
+    fitted(start(), tmp_path / "run", source=source)
+    assert source.asked == list(range(SETTINGS.tokens // 500))

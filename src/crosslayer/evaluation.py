@@ -21,8 +21,10 @@ from crosslayer.models.prompts import Batch, prepare
 from crosslayer.replacement.model import ReplacementModel, generate_tokens
 
 MODALITIES = ("all", "text", "image")
-DEGENERATE = 0.5
-"""Repetition rate above which a continuation is degenerate, and share of continuations above which the speech is."""
+LOOPING = 0.25
+"""Share of repeated 4-grams above which a continuation loops; a model's own answers rarely repeat any."""
+MOST = 0.5
+"""Share of looping or silent continuations above which the verdict says so."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Evaluation:
     repetition_rate: Figure
     """Repeated 4-grams among the replacement's generated 4-grams."""
     degenerate_share: Figure
-    """Share of the replacement's continuations in which more than half of the 4-grams are repeated."""
+    """Share of the replacement's continuations in which more than a quarter of the 4-grams are repeated."""
     verdict: str
     """`speaks`, `silent`, or what the replacement repeats when most of its continuations are degenerate."""
     fvu: Figure
@@ -184,7 +186,7 @@ class _Speech:
             repeated, grams = metrics.repetition(theirs)
             self._keep("repeated", torch.tensor([[repeated]]))
             self._keep("grams", torch.tensor([[grams]]))
-            self._keep("degenerate", torch.tensor([[repeated > DEGENERATE * grams]]))
+            self._keep("degenerate", torch.tensor([[repeated > LOOPING * grams]]))
             self._keep("silent", torch.tensor([[len(theirs) <= 1 < len(ours)]]))
 
     def figures(self) -> dict:
@@ -216,9 +218,9 @@ class _Speech:
             return self.model.model(**batch.inputs, use_cache=False).logits
 
     def _verdict(self, degenerate: float, silent: float) -> str:
-        if silent > DEGENERATE:
+        if silent > MOST:
             return f"silent: {silent:.0%} of its answers end at once"
-        if degenerate <= DEGENERATE:
+        if degenerate <= MOST:
             return "speaks"
         token, count = self.generated.most_common(1)[0]
         tokenizer = getattr(self.model.processor, "tokenizer", self.model.processor)

@@ -21,10 +21,13 @@ class Usable:
 
 
 def usable(activations: Activations) -> Usable:
-    """Leave out first positions (attention sinks) and norm outliers at any layer."""
+    """Leave out first positions (attention sinks) and norm outliers at any layer.
+
+    A token that is not finite stays in, so that the training stops at it and names the layer.
+    """
     first = activations.position == 0
     if first.all():
         return Usable(~first, len(first), 0)
     norms = activations.x.float().norm(dim=2)
-    outlier = (norms > OUTLIER * norms[~first].median(0).values).any(1) & ~first
+    outlier = (norms > OUTLIER * norms[~first].median(0).values).any(1) & norms.isfinite().all(1) & ~first
     return Usable(~first & ~outlier, int(first.sum()), int(outlier.sum()))

@@ -46,9 +46,9 @@ def fit(
     """
     keep = _Keeper(trainer, run, context, place, checkpoint_seconds)
     with _stop_flag() as stop, _bar(trainer) as bar, keep:
-        for batch in shuffled_batches(source, trainer.config.batch_tokens, trainer.config.seed, place):
-            if trainer.finished or stop:
-                break
+        batches = shuffled_batches(source, trainer.config.batch_tokens, trainer.config.seed, place)
+        while not (trainer.finished or stop):
+            batch = next(batches)
             metrics = trainer.step(batch.activations)
             trainer.leave_out(batch.n_first, batch.n_outliers)
             keep.place = batch.following
