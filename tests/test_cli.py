@@ -172,3 +172,17 @@ def test_unknown_option_is_not_ignored(train):
     code, _, err = train("--cross-leyer", 3)
     assert code == 2
     assert "--cross-leyer" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [(["--max-new-tokens", 0], "max_new_tokens is 0"), (["--temperature", -1], "temperature is -1.0")],
+)
+def test_generation_settings_that_cannot_work(run, tmp_path, options, word):
+    check_refused(run("generate", tmp_path, "--prompt", "a cat", *options), word)
+
+
+@pytest.mark.parametrize("option", ["--tokens", "--prompts"])
+def test_a_demo_of_nothing_leaves_nothing(run, tmp_path, option):
+    check_refused(run("demo", "--out", tmp_path / "out", option, 0), "is 0")
+    assert not (tmp_path / "out").exists()

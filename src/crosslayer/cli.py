@@ -47,6 +47,7 @@ def demo(
     overwrite: Overwrite = False,
 ) -> None:
     """Train PLT and CLT on the bundled model, put them in its place, compare: the whole story in five minutes."""
+    _check_positive(tokens=tokens, prompts=prompts)
     claim_folder(out, overwrite, ("report.html", "report.json"))
     model = load_model(MODEL)
     print(inspection(model, Wiring.full(model.n_layers)), end="\n\n")
@@ -141,6 +142,9 @@ def generate(
     model: OtherModel = None,
 ) -> None:
     """Let the original and the replacement answer the same prompt, side by side."""
+    _check_positive(max_new_tokens=max_new_tokens)
+    if temperature < 0:
+        raise UserError(f"temperature is {temperature}; choose 0 for greedy or more")
     coder, loaded = _load_run(run, model)
     examples = [Example("prompt", prompt, image=None if image is None else open_image(image))]
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
@@ -184,6 +188,12 @@ def _stop(error: BaseException, debug: bool, code: int) -> None:
         raise error
     print(f"crosslayer: {str(error) or 'interrupted'}", file=sys.stderr)
     sys.exit(code)
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise UserError(f"{name} is {number}; choose at least 1")
 
 
 def _wiring(model: LoadedModel, span: int | None, first_target: int) -> Wiring:
