@@ -95,11 +95,10 @@ def dense_acts(coder: CrossLayerTranscoder, x: np.ndarray) -> list[np.ndarray]:
     pre = [x[:, s] @ array(W).T + array(b) for s, W, b in encoders]
     acts = [np.maximum(p, 0) for p in pre]
     scores = np.concatenate([a * n for a, n in zip(acts, norms, strict=True)], 1)
-    F = coder.d_transcoder
     if isinstance(coder.sparsity, JointTopK):
         masks = np.split(_largest(scores, coder.sparsity.k), len(pre), axis=1)
     elif isinstance(coder.sparsity, TopK):
-        masks = [_largest(scores[:, i * F : (i + 1) * F], coder.sparsity.k) for i in range(len(pre))]
+        masks = [_largest(a, coder.sparsity.k) for a in acts]
     elif isinstance(coder.sparsity, JumpReLU):
         thresholds = coder.thresholds if coder.thresholds is not None else [t.exp() for t in coder.log_threshold]
         masks = [p > array(t) for p, t in zip(pre, thresholds, strict=True)]

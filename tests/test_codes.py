@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from crosslayer.coders.codes import DenseCodes, Pattern, SparseCodes, active_codes, encode_active
+from crosslayer.coders.codes import DenseCodes, Pattern, SparseCodes, encode_active
 
 F, D, K = 7, 5, 6
 
@@ -95,9 +93,24 @@ def test_counts_are_those_of_the_dense_codes(pattern):
     assert torch.equal(codes.counts(), DenseCodes(codes.dense()).counts())
 
 
-@given(st.integers(1, 6), st.integers(0, 10_000))
-def test_active_codes_keep_what_the_mask_keeps(n_tokens, seed):
-    pre = torch.randn(n_tokens, F, generator=torch.Generator().manual_seed(seed))
-    codes = active_codes(pre, pre > 0.5)
-    assert torch.equal(codes.dense(), pre * (pre > 0.5))
-    assert codes.pattern.offsets.diff().tolist() == (pre > 0.5).sum(1).tolist()
+def test_compact_codes_write_the_same_through_the_rows_of_the_active_features(pattern):
+    codes, W = SparseCodes(pattern, torch.rand(len(pattern.tokens)) + 0.1), torch.randn(pattern.n_features, 5)
+    features, compact = codes.compact()
+    assert features.tolist() == sorted(set(pattern.features.tolist()))
+    torch.testing.assert_close(compact.decode(W[features]), codes.decode(W))
+    assert DenseCodes(codes.dense()).compact()[0] is None
+
+
+def test_indicators_and_pairs_are_those_of_the_dense_codes(pattern):
+    codes = SparseCodes(pattern, torch.rand(len(pattern.tokens)) + 0.1)
+    for kind in (codes, DenseCodes(codes.dense())):
+        assert torch.equal(kind.indicator().dense(), (codes.dense() > 0).float())
+        tokens, features, values = kind.pairs()
+        assert torch.equal(torch.zeros_like(codes.dense()).index_put((tokens, features), values), codes.dense())
+
+
+def test_selected_codes_keep_some_pairs_with_new_values(pattern):
+    keep = torch.arange(len(pattern.tokens)) % 2 == 0
+    values = torch.rand(len(pattern.tokens)) + 0.1
+    chosen = SparseCodes(pattern, values).select(keep, 2 * values)
+    torch.testing.assert_close(chosen.dense(), 2 * SparseCodes(pattern, values * keep).dense())

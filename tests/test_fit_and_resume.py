@@ -20,7 +20,7 @@ from crosslayer.files import read_tensors
 from crosslayer.training.fit import Interrupted, fit
 from crosslayer.training.scales import estimate_scales
 from crosslayer.training.state import METRICS, STATE, load_state
-from crosslayer.training.stream import Place
+from crosslayer.training.stream import Place, shuffled_batches
 from crosslayer.training.trainer import Trainer
 from making import no_file_larger_than, random_activations, text_examples
 
@@ -76,12 +76,19 @@ def start(at: int = 0, event: Callable[[], None] | None = None) -> Struck:
 
 def fitted(coach: Trainer, run: Path, place: Place | None = None, source=None, seconds: float = NEVER) -> Path:
     run.mkdir(exist_ok=True)
-    fit(coach, source or Chunks(), place or Place(), run, CONTEXT, checkpoint_seconds=seconds)
+    place = place or Place()
+    batches = shuffled_batches(source or Chunks(), SETTINGS.batch_tokens, SETTINGS.seed, place)
+    fit(coach, batches, place, run, CONTEXT, checkpoint_seconds=seconds)
     return run
 
 
+def restored(run: Path) -> tuple[Trainer, Place]:
+    kept = load_state(run, SETTINGS, CONTEXT, CPU)
+    return Trainer(SETTINGS, kept.scales).restore(kept.tensors, kept.counters), kept.place
+
+
 def resumed(run: Path, source=None) -> Path:
-    coach, place = load_state(run, SETTINGS, CONTEXT, CPU)
+    coach, place = restored(run)
     return fitted(coach, run, place, source)
 
 
@@ -123,7 +130,7 @@ def test_a_training_can_be_stopped_again_and_again(whole, tmp_path):
     with pytest.raises(Interrupted):
         fitted(start(4, stop), tmp_path / "run")
     for at in (9, 17):
-        coach, place = load_state(tmp_path / "run", SETTINGS, CONTEXT, CPU)
+        coach, place = restored(tmp_path / "run")
         coach.__class__, coach.at, coach.event = Struck, at, stop
         with pytest.raises(Interrupted):
             fitted(coach, tmp_path / "run", place)
@@ -138,7 +145,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt) as raised:
         fitted(start(3, twice), tmp_path / "run", seconds=0.0)
     assert not isinstance(raised.value, Interrupted)
-    assert load_state(tmp_path / "run", SETTINGS, CONTEXT, CPU)[1] == Place(0, 2)
+    assert restored(tmp_path / "run")[1] == Place(0, 2)
 
 
 @pytest.mark.parametrize("at", [2, 11, 18])
@@ -157,7 +164,7 @@ def test_after_a_kill_the_last_state_goes_on_and_the_log_has_no_step_twice(whole
 def test_a_loss_that_is_no_number_leaves_the_last_good_state(whole, tmp_path, seconds):
     with pytest.raises(UserError, match="layer 1's target is not a finite number"):
         fitted(start(), tmp_path / "run", source=Chunks(bad=True), seconds=seconds)
-    assert 0 < load_state(tmp_path / "run", SETTINGS, CONTEXT, CPU)[0].step_number < 15
+    assert 0 < restored(tmp_path / "run")[0].step_number < 15
     assert_same_state(resumed(tmp_path / "run"), whole)
 
 
@@ -167,7 +174,7 @@ def test_a_full_disk_stops_the_training_and_keeps_the_last_state(whole, tmp_path
         coach = start(8, lambda: disk.enter_context(no_file_larger_than(50)))
         with pytest.raises(UserError, match=r"run/.*: cannot write .*; free some room"):
             fitted(coach, tmp_path / "run", seconds=seconds)
-    assert load_state(tmp_path / "run", SETTINGS, CONTEXT, CPU)[0].step_number == kept
+    assert restored(tmp_path / "run")[0].step_number == kept
     assert_same_state(resumed(tmp_path / "run"), whole)
 
 

@@ -23,7 +23,7 @@ FLOORS = (
     {"models"},
     {"data"},
     {"zoo"},
-    {"wiring", "metrics", "files", "errors"},
+    {"wiring", "metrics", "files", "variants", "errors"},
 )
 """From top to bottom: a module imports from its own floor and from those below."""
 

@@ -5,6 +5,7 @@ import torch
 
 from crosslayer import AuxK, JointTopK, Wiring
 from crosslayer.coders.codes import DenseCodes
+from crosslayer.coders.sparsity import Encoded
 from crosslayer.training.objective import layer_fvu
 from making import array, random_coder
 
@@ -25,7 +26,7 @@ def dead_mask(*features: tuple[int, int]) -> torch.Tensor:
 def auxiliary(auxk: AuxK, dead: torch.Tensor):
     coder, x = random_coder(Wiring.full(L), JointTopK(4)), inputs()
     residual = torch.randn(N, L, D, generator=torch.Generator().manual_seed(9))
-    return coder, residual, auxk.loss(coder, x, coder.preactivations(x), residual, dead)
+    return coder, residual, auxk.loss(coder, Encoded(x, coder.preactivations(x), []), residual, dead)
 
 
 def test_fvu_is_the_unexplained_share_of_the_variance():
@@ -47,7 +48,7 @@ def test_auxiliary_loss_is_the_dead_features_error_on_the_residual(auxk):
     pre = torch.where(dead, coder.preactivations(inputs()), -torch.inf).flatten(1)[:n]
     top = pre.topk(min(auxk.k, 4)).indices
     acts = torch.zeros_like(pre).scatter(1, top, pre.gather(1, top).clamp(min=0)).view(n, L, F)
-    explained = coder.decode([DenseCodes(a) for a in acts.unbind(1)], n) - coder.b_dec
+    explained = coder.decode([DenseCodes(a) for a in acts.unbind(1)], inputs()[:n]) - coder.b_dec
     error = (explained - residual[:n]).square().sum((0, 2)) / residual[:n].square().sum((0, 2))
     assert torch.as_tensor(loss).item() == pytest.approx(auxk.coefficient * error.mean().item(), rel=1e-5)
 
@@ -70,5 +71,5 @@ def test_there_is_no_auxiliary_loss_without_dead_features_or_coefficient():
 
 def test_a_layer_without_residual_gives_a_finite_loss():
     coder, x = random_coder(Wiring.full(L), JointTopK(4)), inputs()
-    loss = AuxK().loss(coder, x, coder.preactivations(x), torch.zeros(N, L, D), dead_mask((0, 3)))
+    loss = AuxK().loss(coder, Encoded(x, coder.preactivations(x), []), torch.zeros(N, L, D), dead_mask((0, 3)))
     assert torch.as_tensor(loss).isfinite()

@@ -56,7 +56,7 @@ def test_span_1_is_a_per_layer_transcoder():
     coder, x = random_coder(Wiring.per_layer(L), TopK(3)).double(), inputs()
     for t in range(L):
         acts = (x[:, t] @ coder.W_enc[t].T + coder.b_enc[t]).relu()
-        kept = (acts * coder.W_dec[t][:, 0].norm(dim=1)).topk(3).indices
+        kept = acts.topk(3).indices
         masked = torch.zeros_like(acts).scatter(1, kept, acts.gather(1, kept))
         torch.testing.assert_close(coder(x)[:, t], masked @ coder.W_dec[t][:, 0] + coder.b_dec[t])
 
@@ -83,7 +83,13 @@ def test_folding_absorbs_the_scales(wiring):
     coder.with_thresholds(torch.rand(len(coder.sources), F, dtype=torch.double))
     input_scale, output_scale = torch.rand(2, L, dtype=torch.double) * 3 + 0.5
     wanted = output_scale[:, None] * coder(inputs() / input_scale[:, None])
-    torch.testing.assert_close(deepcopy(coder).fold(input_scale, output_scale)(inputs()), wanted)
+    scaled = deepcopy(coder)
+    scaled.input_scale, scaled.output_scale = input_scale, output_scale
+    torch.testing.assert_close(scaled(inputs()), wanted)
+    torch.testing.assert_close(scaled.fold()(inputs()), wanted)
+    assert scaled.input_scale is None
+    torch.testing.assert_close(scaled.unfold(2 * input_scale, 3 * output_scale)(inputs()), wanted)
+    torch.testing.assert_close(scaled.b_dec, coder.b_dec / 3)
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES, ids=lambda s: type(s).__name__)
@@ -93,7 +99,7 @@ def test_all_zero_decoders_give_finite_gradients(sparsity):
         W.data.zero_()
     encoded = coder.encode_for_training(inputs(), 1.0)
     penalty = sparsity.penalty(coder, encoded, 1.0)
-    (coder.decoder_norms().sum() + coder.decode(encoded.codes, N).sum() + penalty).backward()
+    (coder.decoder_norms().sum() + coder.decode(encoded.codes, inputs()).sum() + penalty).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in coder.parameters())
     assert coder.W_dec[0].grad is not None
 

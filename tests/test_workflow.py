@@ -39,7 +39,7 @@ def small_chunks(monkeypatch):
 
 def test_the_public_names_are_there():
     assert all(hasattr(crosslayer, name) for name in crosslayer.__all__)
-    assert sorted(crosslayer.__all__) == crosslayer.__all__
+    assert len(set(crosslayer.__all__)) == len(crosslayer.__all__)
 
 
 @pytest.mark.parametrize("sparsity", [JointTopK(12), TopK(4), ReLU(), JumpReLU()], ids=lambda s: type(s).__name__)

@@ -5,7 +5,8 @@ import os
 # Idle OpenMP threads sleep instead of spinning: beside another busy process, spinning made a capture 12 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from crosslayer.coders.sparsity import JointTopK, JumpReLU, ReLU, TopK
+from crosslayer.coders.decoders import Full, LowRank, SourceAndTargetTied, SourceTied, TargetTied
+from crosslayer.coders.sparsity import BatchTopK, GroupMax, JointTopK, JumpReLU, ReLU, TopK
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Example
 from crosslayer.data.load import load_data
@@ -14,20 +15,37 @@ from crosslayer.evaluation import Evaluation, evaluate
 from crosslayer.models.load import LoadedModel, load_model
 from crosslayer.replacement.model import ReplacementModel
 from crosslayer.training.config import TrainConfig
-from crosslayer.training.objective import AuxK
+from crosslayer.training.losses import FVU, KL, CrossEntropy
+from crosslayer.training.optimizers import Adam, Adam8bit, AdamW, Muon
+from crosslayer.training.revival import AuxK, DeadPenalty
 from crosslayer.wiring import Wiring
 from crosslayer.workflow import train
 
 __all__ = [
+    "FVU",
+    "KL",
+    "Adam",
+    "Adam8bit",
+    "AdamW",
     "AuxK",
+    "BatchTopK",
+    "CrossEntropy",
     "CrossLayerTranscoder",
+    "DeadPenalty",
     "Evaluation",
     "Example",
+    "Full",
+    "GroupMax",
     "JointTopK",
     "JumpReLU",
     "LoadedModel",
+    "LowRank",
+    "Muon",
     "ReLU",
     "ReplacementModel",
+    "SourceAndTargetTied",
+    "SourceTied",
+    "TargetTied",
     "TopK",
     "TrainConfig",
     "UserError",

@@ -172,7 +172,7 @@ def _train(arms: list[Arm], source: ModelSource, tokens: int, seed: int, look: "
     place, due = Place(), list(PROBES)
     with tqdm(total=tokens, unit="tok", unit_scale=True, desc="train 3 arms", dynamic_ncols=True) as bar:
         for batch in shuffled_batches(source, arms[0].trainer.config.batch_tokens, seed, place):
-            last = {arm.name: arm.step(batch.activations) for arm in arms}
+            last = {arm.name: arm.step(batch.batch) for arm in arms}
             place = batch.following
             bar.update(min(arms[0].trainer.tokens, tokens) - bar.n)
             fvus = ", ".join(f"{name} {metrics.fvu:.3f}" for name, metrics in last.items())

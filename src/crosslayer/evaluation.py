@@ -243,8 +243,9 @@ class _Reconstruction:
     def add(self, batch: Batch, x: Tensor, y: Tensor) -> None:
         """One batch of the original's activations, [B, P, L, D] each."""
         usable = batch.position > 0
-        codes = self.transcoder.encode(x[usable].to(self.transcoder.b_dec.dtype))
-        error = (y[usable] - self.transcoder.decode(codes, int(usable.sum()))).float().square().sum(2)
+        x = x[usable].to(self.transcoder.b_dec.dtype)
+        codes = self.transcoder.encode(x)
+        error = (y[usable] - self.transcoder.decode(codes, x)).float().square().sum(2)
         spread = (y[usable].float() - self.mean_write).square().sum(2)
         active = torch.stack([(c.dense() > 0) for c in codes], 1)
         prompt = torch.arange(len(usable), device=x.device)[:, None].expand_as(usable)[usable]

@@ -1,8 +1,10 @@
 """Running a frozen model on examples and keeping what its MLPs read and write."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from crosslayer.activations.record import Activations
@@ -16,6 +18,12 @@ from crosslayer.models.prompts import Batch, prepare
 @torch.no_grad()
 def capture_all(model: LoadedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """What every MLP read and wrote, as two tensors [B, P, L, D], padding included."""
+    x, y, _ = _recorded(model, batch, model.body)
+    return x, y
+
+
+def _recorded(model: LoadedModel, batch: Batch, forward: Any) -> tuple[Tensor, Tensor, Any]:
+    """What every MLP read and wrote in a forward pass, and what that gave."""
     shape = (*batch.tokens.shape, model.n_layers, model.d_model)
     x = torch.empty(shape, dtype=model.model.dtype, device=model.device)
     y = torch.empty_like(x)
@@ -24,8 +32,19 @@ def capture_all(model: LoadedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         return lambda layer, tensor: store[:, :, layer].copy_(tensor)
 
     with recording(model.sites, keep(x), keep(y)):
-        model.body(**batch.inputs, use_cache=False)
-    return x, y
+        output = forward(**batch.inputs, use_cache=False)
+    return x, y, output
+
+
+def _unpadded(batch: Batch, x: Tensor, y: Tensor, sample: Tensor) -> Activations:
+    keep = batch.attention
+    return Activations(
+        x[keep],
+        y[keep],
+        batch.image[keep],
+        batch.position[keep],
+        sample[:, None].expand_as(keep)[keep],
+    )
 
 
 def capture(model: LoadedModel, examples: Sequence[Example], numbers: Sequence[int]) -> Activations:
@@ -35,15 +54,14 @@ def capture(model: LoadedModel, examples: Sequence[Example], numbers: Sequence[i
     """
     batch = prepare(model.model, model.processor, examples)
     x, y = capture_all(model, batch)
-    keep = batch.attention
-    sample = torch.tensor(numbers, device=keep.device)
-    return Activations(
-        x[keep],
-        y[keep],
-        batch.image[keep],
-        batch.position[keep],
-        sample[:, None].expand_as(keep)[keep],
-    )
+    return _unpadded(batch, x, y, torch.tensor(numbers, device=x.device))
+
+
+@torch.no_grad()
+def capture_batch(model: LoadedModel, batch: Batch) -> tuple[Activations, Float[Tensor, "B P V"]]:
+    """Activations of all tokens of prepared prompts but padding, and the logits of the same forward pass."""
+    x, y, logits = _recorded(model, batch, model.model)
+    return _unpadded(batch, x, y, torch.arange(len(x), device=x.device)), logits.logits
 
 
 class ModelSource:
@@ -66,7 +84,9 @@ class ModelSource:
         if not len(examples):
             raise UserError("the data set is empty; give at least one example")
         self.model, self.examples, self.seed = model, examples, seed
-        fitting = max(1, chunk_bytes // _bytes_a_prompt(model, examples))
+        self.tokens_a_prompt = _tokens_a_prompt(model, examples)
+        bytes_a_token = 2 * model.n_layers * model.d_model * model.model.dtype.itemsize
+        fitting = max(1, chunk_bytes // (self.tokens_a_prompt * bytes_a_token))
         self.chunk_prompts, self.batch_prompts = min(chunk_prompts, fitting), min(batch_prompts, fitting)
         self._epoch, self._order = -1, list[int]()
 
@@ -74,6 +94,10 @@ class ModelSource:
         """All tokens of chunk `index` but padding."""
         chosen = [self._example(n) for n in range(index * self.chunk_prompts, (index + 1) * self.chunk_prompts)]
         return Activations.concatenate(list(self._captured(chosen)))
+
+    def prompts(self, start: int, n: int) -> list[Example]:
+        """The examples visited from number `start` on, counted over epochs."""
+        return [self.examples[self._example(i)] for i in range(start, start + n)]
 
     def _captured(self, chosen: list[int]) -> Iterable[Activations]:
         for start in range(0, len(chosen), self.batch_prompts):
@@ -89,8 +113,7 @@ class ModelSource:
         return self._order[place]
 
 
-def _bytes_a_prompt(model: LoadedModel, examples: Sequence[Example], n: int = 8) -> int:
-    """Memory that the activations of a prompt take, judged by the first few."""
+def _tokens_a_prompt(model: LoadedModel, examples: Sequence[Example], n: int = 8) -> int:
+    """Length of the longest of the first few prompts."""
     batch = prepare(model.model, model.processor, [examples[i] for i in range(min(n, len(examples)))])
-    tokens = batch.attention.sum(1).max().item()
-    return int(2 * tokens * model.n_layers * model.d_model * model.model.dtype.itemsize)
+    return int(batch.attention.sum(1).max())

@@ -3,7 +3,6 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import linear
 
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 
@@ -13,16 +12,22 @@ BATCH = 1024
 
 @torch.no_grad()
 def calibrate(coder: CrossLayerTranscoder, x: Float[Tensor, "N L D"]) -> CrossLayerTranscoder:
-    """Convert `coder`, in place, to JumpReLU with the same active features per layer on the tokens `x`.
+    """Convert `coder`, in place, to JumpReLU.
 
-    A feature's threshold lies where the feature fires on as many tokens as TopK selected it for. One that was never
-    selected gets the layer's typical threshold, in units of activation x decoder norm. One factor a layer then makes
-    the layer's L0 exactly that of the TopK selection.
+    A sparsity that arrived at thresholds of its own keeps them. One that has none (TopK, joint or not, groups) gets
+    those that make the same features active per layer on the raw tokens `x`: a feature's threshold lies where the
+    feature fires on as many tokens as it was selected for. One that was never selected gets the layer's typical
+    threshold, in units of activation x decoder norm. One factor a layer then makes the layer's L0 exactly that of the
+    selection.
     """
-    counts, norms = _selections(coder, x), coder.decoder_norms()
+    if coder.thresholds is not None:
+        return coder
+    if (learned := coder.sparsity.thresholds(coder)) is not None:
+        return coder.with_thresholds(learned)
+    counts, norms, x_scaled = _selections(coder, x), coder.decoder_norms(), coder.scaled(x)
     rows = []
     for i, source in enumerate(coder.sources):
-        pre = linear(x[:, source], coder.W_enc[i], coder.b_enc[i])
+        pre = coder.layer_preactivations(i, x_scaled[:, source])
         threshold = _fill(_rate_thresholds(pre, counts[i]), norms[i])
         rows.append(threshold * _factor(pre, threshold, int(counts[i].sum())))
     return coder.with_thresholds(torch.stack(rows))

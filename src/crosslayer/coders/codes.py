@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -29,6 +29,18 @@ class Codes(Protocol):
 
     def counts(self) -> Float[Tensor, " F"]:
         """On how many of the N tokens each feature is active."""
+        ...
+
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, features and activations [A] of the active pairs."""
+        ...
+
+    def indicator(self) -> "Codes":
+        """1 where a feature is active, with no gradient."""
+        ...
+
+    def compact(self) -> "tuple[Tensor | None, Codes]":
+        """The features that are active anywhere, and the codes over those alone; None where all are kept."""
         ...
 
 
@@ -78,6 +90,26 @@ class SparseCodes:
         offsets = _offsets(self.pattern.features, self.pattern.n_features)
         return offsets.diff().to(self.values.dtype)
 
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Codes.pairs`."""
+        return self.pattern.tokens, self.pattern.features, self.values
+
+    def indicator(self) -> "SparseCodes":
+        """See `Codes.indicator`."""
+        return SparseCodes(self.pattern, torch.ones_like(self.values))
+
+    def compact(self) -> "tuple[Tensor, SparseCodes]":
+        """See `Codes.compact`."""
+        features, places = self.pattern.features.unique(return_inverse=True)
+        pattern = Pattern(self.pattern.offsets, self.pattern.tokens, places, len(features))
+        return features, SparseCodes(pattern, self.values)
+
+    def select(self, keep: Bool[Tensor, " A"], values: Float[Tensor, " A"]) -> "SparseCodes":
+        """Some of the active pairs, with new values."""
+        pattern = self.pattern
+        kept = Pattern.from_pairs(pattern.tokens[keep], pattern.features[keep], pattern.n_tokens, pattern.n_features)
+        return SparseCodes(kept, values[keep])
+
 
 @dataclass(frozen=True)
 class DenseCodes:
@@ -97,12 +129,18 @@ class DenseCodes:
         """See `Codes.counts`."""
         return (self.acts > 0).sum(0).to(self.acts.dtype)
 
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Codes.pairs`."""
+        tokens, features = (self.acts > 0).nonzero(as_tuple=True)
+        return tokens, features, self.acts[tokens, features]
 
-def active_codes(pre: Float[Tensor, "N F"], active: Tensor) -> SparseCodes:
-    """Codes that keep `pre` where the mask `active` [N, F] is true."""
-    tokens, features = active.nonzero(as_tuple=True)
-    pattern = Pattern.from_pairs(tokens, features, *pre.shape)
-    return SparseCodes(pattern, pre[tokens, features])
+    def indicator(self) -> "DenseCodes":
+        """See `Codes.indicator`."""
+        return DenseCodes((self.acts > 0).to(self.acts.dtype))
+
+    def compact(self) -> "tuple[None, DenseCodes]":
+        """See `Codes.compact`."""
+        return None, self
 
 
 def encode_active(

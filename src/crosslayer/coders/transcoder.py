@@ -11,8 +11,19 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from crosslayer.coders.checkpoint import check_tensors, read_run, write_run
-from crosslayer.coders.codes import Codes, SparseCodes, active_codes
-from crosslayer.coders.sparsity import Encoded, Encoder, JumpReLU, Sparsity, read_sparsity, write_sparsity
+from crosslayer.coders.codes import Codes
+from crosslayer.coders.decoders import Decoder, Full, read_decoder, write_decoder
+from crosslayer.coders.sparsity import (
+    BatchTopK,
+    Encoded,
+    Encoder,
+    JumpReLU,
+    Sparsity,
+    Thresholds,
+    read_sparsity,
+    write_sparsity,
+)
+from crosslayer.coders.writes import CoalescedWrites, RunningWrites, Writes
 from crosslayer.errors import UserError
 from crosslayer.wiring import Wiring
 
@@ -36,50 +47,94 @@ class Provenance:
 class CrossLayerTranscoder(nn.Module, Encoder):
     """A dictionary of F features a layer, each of which reads one layer and writes to several.
 
-    `y_t = b_dec[t] + sum over sources s of t of a_s @ W_dec[s -> t]`, with `a_s = sparsity(x_s @ W_enc[s].T +
-    b_enc[s])`. A layer without targets (the last one when first_target is 1) has no features. Parameters, by position
-    in `sources`:
+    `y_t = b_dec[t] + sum over sources s of t of a_s @ W[s -> t]`, with `a_s = sparsity(x_s @ W_enc[s].T + b_enc[s])`,
+    plus `x_s @ W_skip[s -> t].T` where there is a skip connection. A layer without targets (the last one when
+    first_target is 1) has no features. Parameters, by position in `sources`:
 
     * `W_enc[i]` [F, D], `b_enc[i]` [F]
-    * `W_dec[i]` [F, T(s), D], source-major: a feature's writes are contiguous
+    * `decoder`, a bank that holds the write vectors W (`crosslayer.coders.decoders`)
     * `b_dec` [L, D]
-    * `log_threshold[i]` [F] while a JumpReLU is trained; the buffer `thresholds` [S, F] in a finished one
+    * `W_skip[j]` [T, D, D], by position in the skip wiring's sources; each is [out, in]
+    * `log_threshold[i]` [F] while a JumpReLU is trained; the buffer `threshold` [S, F] in a finished one
     * the buffer `first_write` [L, D]: the mean write at a prompt's first position, which has no features (it is an
       attention sink with massive activations in most models, and left out of training)
+    * the buffers `input_scale` and `output_scale` [L] while it is trained: it then works on x / input_scale and
+      multiplies what it writes by output_scale. `fold` absorbs them into the weights.
 
     Source: "Circuit Tracing", Anthropic 2025, section "Building an interpretable replacement model".
+
+    Args:
+        wiring: which layer's features write to which layers.
+        d_model: width of the language model, D.
+        d_transcoder: features a layer, F.
+        sparsity: which features count as active.
+        decoder: how write vectors are stored and shared.
+        skip: which layer's x is passed on linearly to which layers' writes; None for no skip connection.
+
+    Raises:
+        UserError: for parts that do not go together, naming them.
     """
 
+    cut: Tensor
     thresholds: Tensor | None
+    input_scale: Tensor | None
+    output_scale: Tensor | None
     first_write: Tensor
 
-    def __init__(self, wiring: Wiring, d_model: int, d_transcoder: int, sparsity: Sparsity):
+    def __init__(
+        self,
+        wiring: Wiring,
+        d_model: int,
+        d_transcoder: int,
+        sparsity: Sparsity,
+        decoder: Decoder | None = None,
+        skip: Wiring | None = None,
+    ):
         super().__init__()
         if d_transcoder < 1:
             raise UserError(f"d_transcoder is {d_transcoder}; choose at least 1 feature a layer")
+        if skip is not None and skip.n_layers != wiring.n_layers:
+            raise UserError(f"the skip connection is for {skip.n_layers} layers, the wiring for {wiring.n_layers}")
         sparsity.check(len(wiring.source_layers), d_transcoder)
         self.wiring, self.d_model, self.d_transcoder, self.sparsity = wiring, d_model, d_transcoder, sparsity
-        self.sources = wiring.source_layers
+        self.skip, self.sources = skip, wiring.source_layers
         self.provenance = Provenance()
-        S, F, L, D = len(self.sources), d_transcoder, wiring.n_layers, d_model
-        self.W_enc = nn.ParameterList(torch.zeros(F, D) for _ in range(S))
-        self.b_enc = nn.ParameterList(torch.zeros(F) for _ in range(S))
-        self.W_dec = nn.ParameterList(torch.zeros(F, wiring.n_targets(s), D) for s in self.sources)
+        F, L, D = d_transcoder, wiring.n_layers, d_model
+        self.W_enc = nn.ParameterList(torch.zeros(F, D) for _ in self.sources)
+        self.b_enc = nn.ParameterList(torch.zeros(F) for _ in self.sources)
+        self.decoder = (decoder or Full()).build(wiring, d_model, d_transcoder)
         self.b_dec = nn.Parameter(torch.zeros(L, D))
+        skips = skip.source_layers if skip else ()
+        self.W_skip = nn.ParameterList(torch.zeros(skip.n_targets(s), D, D) for s in skips if skip)
         self.log_threshold = nn.ParameterList()
-        self.register_buffer("thresholds", None)
+        for name in ("thresholds", "input_scale", "output_scale"):
+            self.register_buffer(name, None)
+        self.register_buffer("cut", torch.zeros(()))
         self.register_buffer("first_write", torch.zeros(L, D))
 
+    @property
+    def W_dec(self) -> nn.ParameterList:
+        """The write vectors of a full decoder, [F, T, D] each; what other banks store under this name."""
+        weights = self.decoder.W_dec
+        assert isinstance(weights, nn.ParameterList)
+        return weights
+
     def initialise(self, seed: int) -> "CrossLayerTranscoder":
-        """Draw W_enc ~ U(+-F^-1/2) and W_dec ~ U(+-(L D)^-1/2); biases stay 0."""
+        """Draw W_enc ~ U(+-F^-1/2) and write vectors ~ U(+-(L D)^-1/2); biases and skips stay 0."""
         generator = torch.Generator().manual_seed(seed)
-        encoder, decoder = self.d_transcoder**-0.5, (self.wiring.n_layers * self.d_model) ** -0.5
-        for W_enc, W_dec in zip(self.W_enc, self.W_dec, strict=True):
-            nn.init.uniform_(W_enc, -encoder, encoder, generator=generator)
-            nn.init.uniform_(W_dec, -decoder, decoder, generator=generator)
+        bound = self.d_transcoder**-0.5
+        for W_enc in self.W_enc:
+            nn.init.uniform_(W_enc, -bound, bound, generator=generator)
+        self.decoder.initialise(generator)
+        return self.learn_thresholds()
+
+    def learn_thresholds(self) -> "CrossLayerTranscoder":
+        """Make, in place, what a JumpReLU learns: thresholds that start from those there are, or from its setting."""
         if isinstance(self.sparsity, JumpReLU):
-            start = torch.full((self.d_transcoder,), self.sparsity.initial_threshold).log()
-            self.log_threshold = nn.ParameterList(start.clone() for _ in self.sources)
+            start = torch.full((len(self.sources), self.d_transcoder), self.sparsity.initial_threshold)
+            start = start if self.thresholds is None else self.thresholds.clamp_min(1e-6).nan_to_num(posinf=1e6)
+            self.log_threshold = nn.ParameterList(row.log().clone() for row in start.to(self.b_dec.device))
+            self.thresholds = None
         return self
 
     def with_thresholds(self, thresholds: Float[Tensor, "S F"]) -> "CrossLayerTranscoder":
@@ -89,71 +144,100 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         return self
 
     def preactivations(self, x: Float[Tensor, "N L D"]) -> Float[Tensor, "N S F"]:
-        """Encoder outputs of every source layer, before any non-linearity."""
-        weights = zip(self.sources, self.W_enc, self.b_enc, strict=True)
-        if torch.is_grad_enabled():
-            return torch.stack([linear(x[:, s], W, b) for s, W, b in weights], 1)
+        """Encoder outputs of every source layer, before any non-linearity; x in the coder's own units."""
+        layers = range(len(self.sources))
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return torch.stack([self.layer_preactivations(i, x[:, self.sources[i]]) for i in layers], 1)
         pre = x.new_empty(len(x), len(self.sources), self.d_transcoder)
-        for i, (s, W, b) in enumerate(weights):
-            torch.addmm(b, x[:, s], W.T, out=pre[:, i])
+        for i in layers:
+            torch.addmm(self.b_enc[i], x[:, self.sources[i]], self.W_enc[i].T, out=pre[:, i])
         return pre
 
-    def decoder_norms(self) -> Float[Tensor, "S F"]:
-        """Length of each feature's decoder rows over all its targets.
+    def layer_preactivations(self, i: int, x: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
+        """The same for source number i, from that layer's x."""
+        return linear(x, self.W_enc[i], self.b_enc[i])
 
-        An epsilon keeps the gradient of an all-zero row finite.
-        """
-        return torch.stack([(W.flatten(1).square().sum(1) + 1e-12).sqrt() for W in self.W_dec])
+    def decoder_norms(self) -> Float[Tensor, "S F"]:
+        """Length of each feature's write vectors over all its targets."""
+        return self.decoder.norms()
 
     def encode(self, x: Float[Tensor, "N L D"]) -> list[Codes]:
         """Codes of every source layer, each layer's x given (not the replaced stream's)."""
-        if self.thresholds is None:
-            return self.sparsity.encode(self, x).codes
-        return [self.encode_layer(s, x[:, s]) for s in self.sources]
+        return self.encode_for_training(x, 1.0).codes
 
     def encode_for_training(self, x: Float[Tensor, "N L D"], progress: float) -> Encoded:
         """Codes and pre-activations under the sparsity in force at `progress` (0 to 1), with gradients."""
-        return self.sparsity.at(progress).encode(self, x)
+        return self.sparsity_at(progress).encode(self, self.scaled(x))
 
-    def encode_layer(self, source: int, x: Float[Tensor, "N D"]) -> SparseCodes:
+    def encode_layer(self, source: int, x: Float[Tensor, "N D"], progress: float = 1.0) -> Codes:
         """Codes of one source layer alone.
 
         Raises:
             UserError: when the sparsity needs all layers at once (joint TopK before calibration).
         """
-        i = self.sources.index(source)
-        pre = linear(x, self.W_enc[i], self.b_enc[i])
-        threshold = None if self.thresholds is None else self.thresholds[i]
-        return active_codes(pre, self.sparsity.active(pre, threshold))
+        return self.encode_layer_for_training(source, x, progress)[1]
 
-    def empty_writes(self, n_tokens: int) -> Float[Tensor, "N K"]:
-        """The decoder biases of all L targets side by side, to which sources add: K = L x D."""
-        return self.b_dec.flatten().expand(n_tokens, -1).clone()
+    def encode_layer_for_training(
+        self, source: int, x: Float[Tensor, "N D"], progress: float
+    ) -> tuple[Float[Tensor, "N F"], Codes]:
+        """Pre-activations and codes of one source layer alone, under the sparsity in force, with gradients."""
+        if self.input_scale is not None:
+            x = x / self.input_scale[source]
+        return self.sparsity_at(progress).encode_layer(self, self.sources.index(source), x)
 
-    def add_writes(self, total: Float[Tensor, "N K"], source: int, codes: Codes) -> Float[Tensor, "N K"]:
-        """Add, in place, what a source writes to its targets."""
-        i = self.sources.index(source)
-        part = codes.decode(self.W_dec[i].flatten(1))
-        return _AddSlice.apply(total, part, self.wiring.targets(source).start * self.d_model)
+    def sparsity_at(self, progress: float) -> Sparsity:
+        """The sparsity in force: fixed thresholds where there are some."""
+        return self.sparsity.at(progress) if self.thresholds is None else Thresholds(self.thresholds)
 
-    def decode(self, codes: Sequence[Codes], n_tokens: int) -> Float[Tensor, "N L D"]:
-        """The reconstructed writes of all layers from the codes of all sources."""
-        total = self.empty_writes(n_tokens)
-        for source, source_codes in zip(self.sources, codes, strict=True):
-            total = self.add_writes(total, source, source_codes)
-        return total.view(n_tokens, self.wiring.n_layers, self.d_model)
+    def scaled(self, x: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
+        """What layers read, in the coder's own units."""
+        return x if self.input_scale is None else x / self.input_scale[:, None]
+
+    def writes(self, n_tokens: int) -> Writes:
+        """A collector of what sources write to N tokens, in the coder's own units; biases are in it already."""
+        start = self.b_dec.flatten().expand(n_tokens, -1).clone()
+        k = getattr(self.decoder.settings, "topk_coalesced", None)
+        return RunningWrites(self.decoder, start) if k is None else CoalescedWrites(self.decoder, start, k)
+
+    def add_layer(self, writes: Writes, layer: int, codes: Codes | None, x: Float[Tensor, "N D"]) -> None:
+        """Add, in place, what a layer's features and its skip connection write; codes of None for no features."""
+        if codes is not None:
+            writes.add(self.sources.index(layer), codes)
+        if self.skip is not None and layer in self.skip.source_layers:
+            W = self.W_skip[self.skip.source_layers.index(layer)]
+            x = x if self.input_scale is None else x / self.input_scale[layer]
+            writes.add_linear(self.skip.targets(layer).start, linear(x, W.flatten(0, 1)))
+
+    def write(self, writes: Writes, target: int) -> Float[Tensor, "N D"]:
+        """What stands in for one layer's MLP output, once the layers up to it were added."""
+        y = writes.write(target)
+        return y if self.output_scale is None else y * self.output_scale[target]
+
+    def decode(self, codes: Sequence[Codes], x: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
+        """The reconstructed writes of all layers, from the codes of all sources and what the layers read."""
+        writes, by_layer = self.writes(len(x)), dict(zip(self.sources, codes, strict=True))
+        for layer in range(self.wiring.n_layers):
+            self.add_layer(writes, layer, by_layer.get(layer), x[:, layer])
+        y = writes.everything()
+        return y if self.output_scale is None else y * self.output_scale[:, None]
 
     def forward(self, x: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
         """Reconstruct the MLP writes of N tokens from the streams that the MLPs read."""
-        return self.decode(self.encode(x), x.shape[0])
+        return self.decode(self.encode(x), x)
 
     @torch.no_grad()
-    def fold(self, input_scale: Float[Tensor, " L"], output_scale: Float[Tensor, " L"]) -> "CrossLayerTranscoder":
-        """Absorb, in place, the scales of a coder that was trained on x / input_scale and y / output_scale."""
-        for i, s in enumerate(self.sources):
-            self.W_enc[i].div_(input_scale[s])
-            self.W_dec[i].mul_(output_scale[list(self.wiring.targets(s))].view(1, -1, 1))
-        self.b_dec.mul_(output_scale.view(-1, 1))
+    def unfold(self, input_scale: Float[Tensor, " L"], output_scale: Float[Tensor, " L"]) -> "CrossLayerTranscoder":
+        """Take, in place, scales out of the weights: the same function, to be trained in units of norm sqrt(D)."""
+        self._multiply(1 / input_scale, 1 / output_scale)
+        self.input_scale, self.output_scale = input_scale.clone(), output_scale.clone()
+        return self
+
+    @torch.no_grad()
+    def fold(self) -> "CrossLayerTranscoder":
+        """Absorb, in place, the scales that it is trained with: the same function of raw x without them."""
+        if self.input_scale is not None and self.output_scale is not None:
+            self._multiply(self.input_scale, self.output_scale)
+        self.input_scale = self.output_scale = None
         return self
 
     def save(self, path: str | Path) -> None:
@@ -164,6 +248,7 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         """
         if isinstance(self.sparsity, JumpReLU) and self.thresholds is None:
             raise UserError("this JumpReLU transcoder is still in training; fix its thresholds before saving it")
+        assert self.input_scale is None, "scales are folded before a transcoder is saved"
         write_run(Path(path), self._config(), self._tensors())
 
     @classmethod
@@ -186,8 +271,15 @@ class CrossLayerTranscoder(nn.Module, Encoder):
 
     @classmethod
     def _from_config(cls, config: dict[str, Any]) -> "CrossLayerTranscoder":
-        wiring = Wiring(**config["wiring"])
-        coder = cls(wiring, config["d_model"], config["d_transcoder"], read_sparsity(config["sparsity"]))
+        skip = config.get("skip")
+        coder = cls(
+            Wiring(**config["wiring"]),
+            config["d_model"],
+            config["d_transcoder"],
+            read_sparsity(config["sparsity"]),
+            read_decoder(config.get("decoder", {"kind": "full"})),
+            None if skip is None else Wiring(**skip),
+        )
         coder.provenance = Provenance(**config["provenance"])
         if isinstance(coder.sparsity, JumpReLU):
             coder.thresholds = torch.zeros(len(coder.sources), coder.d_transcoder)
@@ -199,18 +291,24 @@ class CrossLayerTranscoder(nn.Module, Encoder):
             "d_model": self.d_model,
             "d_transcoder": self.d_transcoder,
             "sparsity": write_sparsity(self.sparsity),
+            "decoder": write_decoder(self.decoder.settings),
+            "skip": None if self.skip is None else asdict(self.skip),
             "provenance": asdict(self.provenance),
         }
 
     def _tensors(self) -> dict[str, Tensor]:
         """Every tensor of the run under its name in the file; views of this coder's own."""
-        named = {}
+        named = dict(self.decoder.tensors())
         for i, s in enumerate(self.sources):
-            named |= {f"W_enc.{s}": self.W_enc[i], f"b_enc.{s}": self.b_enc[i], f"W_dec.{s}": self.W_dec[i]}
+            named |= {f"W_enc.{s}": self.W_enc[i], f"b_enc.{s}": self.b_enc[i]}
             if self.thresholds is not None:
                 named[f"threshold.{s}"] = self.thresholds[i]
+        for s, t, W in self._skip_pairs():
+            named[f"W_skip.{t}" if s == t else f"W_skip.{s}.{t}"] = W
         for t in range(self.wiring.n_layers):
             named |= {f"b_dec.{t}": self.b_dec[t], f"first_write.{t}": self.first_write[t]}
+        if isinstance(self.sparsity, BatchTopK):
+            named["cut"] = self.cut
         return {name: tensor.detach() for name, tensor in named.items()}
 
     def _read_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -219,17 +317,18 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
+    def _skip_pairs(self) -> list[tuple[int, int, Tensor]]:
+        """Source, target and matrix [D, D] of every skip connection."""
+        if self.skip is None:
+            return []
+        layers = zip(self.skip.source_layers, self.W_skip, strict=True)
+        return [(s, t, W) for s, Ws in layers for t, W in zip(self.skip.targets(s), Ws, strict=True)]
 
-class _AddSlice(torch.autograd.Function):
-    """total[:, start : start + K] += part, in place; autograd's own slice assignment would copy the total each time."""
-
-    @staticmethod
-    def forward(ctx, total, part, start):
-        total.narrow(1, start, part.shape[1]).add_(part)
-        ctx.mark_dirty(total)
-        ctx.span = (start, part.shape[1])
-        return total
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return grads[0], grads[0].narrow(1, *ctx.span), None
+    def _multiply(self, input_scale: Tensor, output_scale: Tensor) -> None:
+        """Make this the function of x * input_scale that writes y * output_scale, in place."""
+        for W_enc, s in zip(self.W_enc, self.sources, strict=True):
+            W_enc.div_(input_scale[s])
+        for s, t, W in self._skip_pairs():
+            W.mul_(output_scale[t] / input_scale[s])
+        self.decoder.fold(output_scale)
+        self.b_dec.mul_(output_scale.view(-1, 1))

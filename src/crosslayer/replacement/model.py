@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.coders.writes import Writes
 from crosslayer.data.examples import Example
 from crosslayer.errors import UserError
 from crosslayer.models.hooks import before_forward, reading, replacing
@@ -37,9 +38,12 @@ class ReplacementModel:
         self.transcoder = transcoder.to(model.device)
 
     @contextmanager
-    def replaced(self) -> Iterator[None]:
-        """Inside, `model.model` is the replacement model; afterwards, whatever happened, it is the original."""
-        writes = _Writes(self.transcoder)
+    def replaced(self, progress: float = 1.0) -> Iterator[None]:
+        """Inside, `model.model` is the replacement model; afterwards, whatever happened, it is the original.
+
+        `progress` (0 to 1) is that of a training, where the sparsity changes with it.
+        """
+        writes = _Writes(self.transcoder, progress)
         sites = self.model.sites
         with (
             before_forward(self.model.model, writes.start),
@@ -90,10 +94,10 @@ def generate_tokens(model: LoadedModel, examples: list[Example], **sampling: Any
 class _Writes:
     """What the sources of one forward pass have written so far, for the layers still to come."""
 
-    def __init__(self, transcoder: CrossLayerTranscoder):
-        self.transcoder = transcoder
+    def __init__(self, transcoder: CrossLayerTranscoder, progress: float):
+        self.transcoder, self.progress = transcoder, progress
         self.sources = set(transcoder.sources)
-        self.total: Tensor | None = None
+        self.collected: Writes | None = None
         self.like = torch.empty(0)
         self.first = torch.empty(0)
         self.past = 0
@@ -104,23 +108,21 @@ class _Writes:
         """Forget the last forward pass; note, before the cache grows, which positions the new one begins with."""
         cache = kwargs.get("past_key_values")
         self.past = cache.get_seq_length() if cache is not None else 0
-        self.mask, self.positions, self.total = kwargs.get("attention_mask"), kwargs.get("position_ids"), None
+        self.mask, self.positions, self.collected = kwargs.get("attention_mask"), kwargs.get("position_ids"), None
 
     def read(self, layer: int, x: Tensor) -> None:
         """Encode the stream [B, P, D] that `layer` reads and add what its features write."""
-        flat = x.flatten(0, 1).to(self.transcoder.b_dec.dtype)
-        if self.total is None:
+        coder, flat = self.transcoder, x.flatten(0, 1).to(self.transcoder.b_dec.dtype)
+        if self.collected is None:
             self.like, self.first = x, self._first_positions(x).flatten()
-            self.total = self.transcoder.empty_writes(len(flat))
-        if layer in self.sources:
-            codes = self.transcoder.encode_layer(layer, flat)
-            self.total = self.transcoder.add_writes(self.total, layer, codes)
+            self.collected = coder.writes(len(flat))
+        codes = coder.encode_layer(layer, flat, self.progress) if layer in self.sources else None
+        coder.add_layer(self.collected, layer, codes, flat)
 
     def write(self, layer: int) -> Tensor:
         """The write [B, P, D] that stands in for the layer's MLP output."""
-        assert self.total is not None, "an MLP wrote before anything was read"
-        D = self.transcoder.d_model
-        ours = self.total[:, layer * D : (layer + 1) * D]
+        assert self.collected is not None, "an MLP wrote before anything was read"
+        ours = self.transcoder.write(self.collected, layer)
         write = torch.where(self.first[:, None], self.transcoder.first_write[layer], ours)
         return write.view_as(self.like).to(self.like)
 

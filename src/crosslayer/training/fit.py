@@ -15,7 +15,7 @@ from tqdm import tqdm
 from crosslayer.errors import UserError
 from crosslayer.files import append_line
 from crosslayer.training.state import METRICS, save_state
-from crosslayer.training.stream import ChunkSource, Place, shuffled_batches
+from crosslayer.training.stream import Place, StreamBatch
 from crosslayer.training.trainer import StepMetrics, Trainer
 
 LOG_EVERY = 10
@@ -28,14 +28,16 @@ class Interrupted(KeyboardInterrupt):
 
 def fit(
     trainer: Trainer,
-    source: ChunkSource,
+    batches: Iterator[StreamBatch],
     place: Place,
     run: Path,
     context: dict[str, Any],
     *,
     checkpoint_seconds: float = 60.0,
 ) -> Place:
-    """Train to the end, keeping a state in `run` every `checkpoint_seconds`, and whenever the loop is left.
+    """Train to the end on `batches`, which begin at `place`.
+
+    A state is kept in `run` every `checkpoint_seconds`, and whenever the loop is left.
 
     Returns:
         The place in the stream after the last batch.
@@ -46,10 +48,9 @@ def fit(
     """
     keep = _Keeper(trainer, run, context, place, checkpoint_seconds)
     with _stop_flag() as stop, _bar(trainer) as bar, keep:
-        batches = shuffled_batches(source, trainer.config.batch_tokens, trainer.config.seed, place)
         while not (trainer.finished or stop):
             batch = next(batches)
-            metrics = trainer.step(batch.activations)
+            metrics = trainer.step(batch.batch)
             trainer.leave_out(batch.n_first, batch.n_outliers)
             keep.place = batch.following
             bar.update(min(metrics.tokens, trainer.config.tokens) - bar.n)

@@ -1,13 +1,91 @@
-"""What a training step minimises, and the revival of dead features."""
+"""What a training step minimises: reconstruction of the MLP writes, and what can be added to it."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from crosslayer.coders.codes import Codes
-from crosslayer.coders.sparsity import encode_patterns, split_by_source
+from crosslayer.activations.record import Activations
 from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.errors import UserError
+from crosslayer.training.revival import AuxK, DeadPenalty
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an objective found on one batch."""
+
+    loss: Tensor
+    """To be minimised."""
+    terms: dict[str, Tensor]
+    """The parts that the loss is the sum of, by name, for the log."""
+    fvu: Tensor
+    """Unexplained variance, mean over layers."""
+    counts: Float[Tensor, "S F"]
+    """On how many tokens each feature was active."""
+    n_tokens: int
+
+    def detached(self) -> "Outcome":
+        """The same without the graph."""
+        terms = {name: term.detach() for name, term in self.terms.items()}
+        return replace(self, loss=self.loss.detach(), terms=terms, fvu=self.fvu.detach())
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """Turns a transcoder and a batch into a loss; the trainer knows nothing else of either."""
+
+    def split(self, batch: Any, n: int) -> Sequence[Any]:
+        """The batch in up to n parts, none of them empty."""
+        ...
+
+    def n_tokens(self, part: Any) -> int:
+        """Tokens that a part trains on."""
+        ...
+
+    def __call__(self, coder: CrossLayerTranscoder, part: Any, progress: float, dead: Bool[Tensor, "S F"]) -> Outcome:
+        """The loss, with gradients.
+
+        Raises:
+            UserError: when something is not a finite number, naming the layer.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Fraction of variance unexplained, mean over layers, plus the sparsity's penalty and the revival of the dead."""
+
+    variance: Float[Tensor, " L"]
+    """Mean of |y - mean y|^2 of each layer."""
+    auxk: AuxK
+    dead_penalty: DeadPenalty
+
+    def split(self, batch: Activations, n: int) -> Sequence[Activations]:
+        """See `Objective.split`."""
+        return [batch[rows] for rows in torch.arange(len(batch)).tensor_split(min(n, len(batch)))] if n > 1 else [batch]
+
+    def n_tokens(self, part: Activations) -> int:
+        """See `Objective.n_tokens`."""
+        return len(part)
+
+    def __call__(self, coder: CrossLayerTranscoder, part: Activations, progress: float, dead: Tensor) -> Outcome:
+        """See `Objective.__call__`."""
+        encoded = coder.encode_for_training(part.x, progress)
+        y_hat = coder.decode(encoded.codes, part.x)
+        fvu = layer_fvu(part.y, y_hat, self.variance)
+        terms = {"fvu": fvu.mean(), "penalty": coder.sparsity.penalty(coder, encoded, progress)}
+        terms["auxk"] = self.auxk.loss(coder, encoded, part.y - y_hat, dead)
+        terms["dead_penalty"] = self.dead_penalty.loss(coder, encoded, dead)
+        terms = {name: term for name, term in terms.items() if isinstance(term, Tensor)}
+        loss = torch.stack(list(terms.values())).sum()
+        if not (loss.isfinite() and part.x.sum().isfinite()):  # TopK passes over inputs that are not a number
+            raise UserError(_diagnosis(part, fvu))
+        counts = torch.stack([codes.counts() for codes in encoded.codes])
+        return Outcome(loss, terms, terms["fvu"].detach(), counts, len(part))
 
 
 def layer_fvu(
@@ -20,41 +98,9 @@ def layer_fvu(
     return (y - y_hat).square().sum(2).mean(0) / variance
 
 
-@dataclass(frozen=True)
-class AuxK:
-    """Dead features predict what the living left unexplained, through all their decoders.
-
-    Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix A.2. Looking at a sample of the
-    batch's tokens instead of all revives as many features at a fraction of the cost.
-    """
-
-    k: int = 32
-    """Dead features used a token, over all layers."""
-    coefficient: float = 1 / 32
-    """Weight in the loss, relative to the residual's own size."""
-    token_share: float = 0.25
-    """Share of the batch's tokens that it looks at."""
-
-    def loss(
-        self,
-        coder: CrossLayerTranscoder,
-        x: Float[Tensor, "N L D"],
-        pre: Float[Tensor, "N S F"],
-        residual: Float[Tensor, "N L D"],
-        dead: Bool[Tensor, "S F"],
-    ) -> Tensor | float:
-        """The weighted auxiliary loss; 0 while nothing is dead or the coefficient is 0."""
-        if not self.coefficient or not dead.any():
-            return 0.0
-        n = max(1, round(self.token_share * len(x)))
-        x, target = x[:n], residual[:n].detach()
-        explained = coder.decode(self._dead_codes(coder, x, pre[:n].detach(), dead), n) - coder.b_dec
-        error = (explained - target).square().sum((0, 2)) / target.square().sum((0, 2)).clamp_min(1e-12)
-        return self.coefficient * error.mean()
-
-    def _dead_codes(self, coder: CrossLayerTranscoder, x: Tensor, pre: Tensor, dead: Tensor) -> list[Codes]:
-        """The k largest dead features of each token, as if they had been selected."""
-        where = dead.flatten().nonzero().squeeze(1)
-        top = pre.flatten(1)[:, where].topk(min(self.k, len(where)), sorted=False)
-        patterns = split_by_source(where[top.indices], top.values > 0, *dead.shape)
-        return encode_patterns(coder, x, pre, patterns)
+def _diagnosis(batch: Activations, fvu: Tensor) -> str:
+    for what, per_layer in (("input", batch.x.sum((0, 2))), ("target", batch.y.sum((0, 2))), ("reconstruction", fvu)):
+        if not per_layer.isfinite().all():
+            layer = int((~per_layer.isfinite()).nonzero()[0])
+            return f"layer {layer}'s {what} is not a finite number; training stopped"
+    return "the penalty is not a finite number; lower its coefficient"

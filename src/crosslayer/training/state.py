@@ -1,15 +1,18 @@
 """The state of an unfinished training on disk: one safetensors file, replaced atomically, never pickled."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from crosslayer.coders.checkpoint import CONFIG
 from crosslayer.errors import UserError
 from crosslayer.files import read_tensors, write_tensors, write_text
 from crosslayer.training.config import TrainConfig
+from crosslayer.training.scales import Scales
 from crosslayer.training.stream import Place
 from crosslayer.training.trainer import Trainer
 
@@ -31,8 +34,18 @@ def save_state(run: Path, trainer: Trainer, place: Place, context: dict[str, Any
     write_tensors(run / STATE, tensors, {"crosslayer": json.dumps(header)})
 
 
-def load_state(run: Path, config: TrainConfig, context: dict[str, Any], device: torch.device) -> tuple[Trainer, Place]:
-    """The trainer, on `device`, and place to go on from; log lines written after that state are dropped.
+@dataclass(frozen=True)
+class Kept:
+    """What the state of an unfinished training holds."""
+
+    tensors: dict[str, Tensor]
+    counters: dict[str, int]
+    scales: Scales
+    place: Place
+
+
+def load_state(run: Path, config: TrainConfig, context: dict[str, Any], device: torch.device) -> Kept:
+    """What was kept, on `device`; log lines written after that state are dropped.
 
     Raises:
         UserError: when there is no state, or it belongs to another configuration, model or data set.
@@ -44,10 +57,10 @@ def load_state(run: Path, config: TrainConfig, context: dict[str, Any], device: 
     tensors, metadata = read_tensors(run / STATE)
     header = json.loads(metadata["crosslayer"])
     _check_same({**header["config"], **header["context"]}, {**config.record(), **context}, run)
-    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-    trainer = Trainer.resume(config, on_device, header["counters"])
-    _truncate_log(run / METRICS, trainer.step_number)
-    return trainer, Place(**header["place"])
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    scales = Scales(**{name: tensors[f"scales.{name}"] for name in Scales.__dataclass_fields__})
+    _truncate_log(run / METRICS, header["counters"]["step_number"])
+    return Kept(tensors, header["counters"], scales, Place(**header["place"]))
 
 
 def _check_same(kept: dict[str, Any], asked: dict[str, Any], run: Path) -> None:

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from itertools import count
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -19,6 +20,15 @@ class ChunkSource(Protocol):
         ...
 
 
+@runtime_checkable
+class PromptSource(Protocol):
+    """An endless stream of prompts, in the same order each time."""
+
+    def prompts(self, start: int, n: int) -> list[Any]:
+        """n prompts from number `start` on."""
+        ...
+
+
 @dataclass(frozen=True)
 class Place:
     """Where in a stream the next batch lies: enough to resume."""
@@ -29,13 +39,14 @@ class Place:
 
 @dataclass(frozen=True)
 class StreamBatch:
-    """One batch of training tokens and the place of the one after it."""
+    """One batch to train on and the place of the one after it."""
 
-    activations: Activations
+    batch: Any
+    """What the objective takes: activations, or prompts."""
     following: Place
-    n_first: int
+    n_first: int = 0
     """First positions left out of this batch's chunk; counted at its first batch."""
-    n_outliers: int
+    n_outliers: int = 0
     """Norm outliers, likewise."""
 
 
@@ -60,13 +71,19 @@ def shuffled_batches(source: ChunkSource, batch_tokens: int, seed: int, place: P
         index, skip = index + 1, 0
 
 
+def prompt_batches(source: PromptSource, batch_prompts: int, place: Place) -> Iterator[StreamBatch]:
+    """Batches of whole prompts from `place` on, for ever; its `chunk` counts them."""
+    for index in count(place.chunk):
+        yield StreamBatch(source.prompts(index * batch_prompts, batch_prompts), Place(index + 1))
+
+
 def usable_tokens(source: ChunkSource, place: Place, batch_tokens: int, n: int, seed: int) -> Activations:
     """At least `n` usable tokens from `place` on: what follows the training data, for calibration."""
-    parts, count = [], 0
+    parts, found = [], 0
     for batch in shuffled_batches(source, batch_tokens, seed, place):
-        parts.append(batch.activations)
-        count += len(batch.activations)
-        if count >= n:
+        parts.append(batch.batch)
+        found += len(batch.batch)
+        if found >= n:
             return Activations.concatenate(parts)
     raise AssertionError("streams are endless")
 

@@ -1,18 +1,19 @@
-"""The training step: batches of activations in, a better transcoder out. It has never seen a language model."""
+"""The training step: batches in, a better transcoder out. It has never seen a language model."""
 
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from crosslayer.activations.record import Activations
 from crosslayer.coders.calibration import calibrate
-from crosslayer.coders.sparsity import JointTopK, JumpReLU, TopK
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.errors import UserError
 from crosslayer.training.config import TrainConfig
-from crosslayer.training.objective import layer_fvu
+from crosslayer.training.objective import Objective, Outcome, Reconstruction
+from crosslayer.training.optimizers import optimizer_state, restore_optimizer, set_rate
 from crosslayer.training.scales import Scales
 
 COUNTERS = ("step_number", "tokens", "first_left_out", "outliers_left_out")
@@ -32,28 +33,42 @@ class StepMetrics:
     """Active features a token, summed over layers."""
     dead_fraction: float
     learning_rate: float
+    terms: dict[str, float]
+    """The parts of the loss, by name."""
 
 
 class Trainer:
-    """Trains one transcoder on batches of activations.
+    """Trains one transcoder on batches.
 
-    Inputs and targets are divided by `scales` on the way in; `finish` folds the scales into the weights.
+    The transcoder works in units in which inputs and targets have norm sqrt(D), by `scales`; `finish` folds the scales
+    into the weights.
+
+    Args:
+        config: the settings.
+        scales: statistics of the tokens to train on.
+        objective: what turns transcoder and batch into a loss; reconstruction by default.
+        start: a finished transcoder to go on from, instead of random weights; it is changed in place.
+
+    Raises:
+        UserError: for settings that do not go together, or with `start`.
     """
 
-    def __init__(self, config: TrainConfig, scales: Scales):
-        L, D = scales.output_mean.shape
-        if config.wiring.n_layers != L:
-            raise UserError(f"the wiring is for {config.wiring.n_layers} layers, the activations have {L}")
+    def __init__(
+        self,
+        config: TrainConfig,
+        scales: Scales,
+        objective: Objective | None = None,
+        start: CrossLayerTranscoder | None = None,
+    ):
+        n_layers = len(scales.input)
+        if config.wiring.n_layers != n_layers:
+            raise UserError(f"the wiring is for {config.wiring.n_layers} layers, the activations have {n_layers}")
         self.config, self.scales = config, scales
-        device = scales.input.device
-        coder = CrossLayerTranscoder(config.wiring, D, config.width(D), config.sparsity)
-        self.coder = coder.initialise(config.seed).to(device)
-        with torch.no_grad():
-            self.coder.b_dec.copy_(scales.output_mean / scales.output[:, None])
-        self.variance = scales.output_variance / scales.output.square()
-        self.optimizer = torch.optim.Adam(self.coder.parameters(), lr=0.0, fused=True)
+        self.objective = objective or Reconstruction(scales.output_variance, config.auxk, config.dead_penalty)
+        self.coder = _fresh(config, scales) if start is None else _from_start(config, scales, start)
+        self.optimizers = config.optimizer.build(list(self.coder.parameters()))
         S, F = len(self.coder.sources), self.coder.d_transcoder
-        self.density = torch.full((S, F), 2 * config.dead_density, device=device)
+        self.density = torch.full((S, F), 2 * config.dead_density, device=scales.input.device)
         self.step_number, self.tokens = 0, 0
         self.first_left_out, self.outliers_left_out = 0, 0
 
@@ -67,34 +82,37 @@ class Trainer:
         """Whether all tokens were seen."""
         return self.tokens >= self.config.tokens
 
-    def step(self, batch: Activations) -> StepMetrics:
+    def step(self, batch: Any) -> StepMetrics:
         """One optimiser step.
 
         Raises:
             UserError: when an activation, the loss or a gradient is not a finite number, naming the layer or tensor;
                 the weights stay as they were.
         """
-        x = batch.x / self.scales.input[:, None]
-        y = batch.y / self.scales.output[:, None]
-        encoded = self.coder.encode_for_training(x, self.progress)
-        y_hat = self.coder.decode(encoded.codes, len(batch))
-        fvu = layer_fvu(y, y_hat, self.variance)
-        penalty = self.config.sparsity.penalty(self.coder, encoded, self.progress)
-        auxiliary = self.config.auxk.loss(self.coder, x, encoded.pre, y - y_hat, self._dead())
-        loss = fvu.mean() + penalty + auxiliary
-        if not (loss.isfinite() and x.sum().isfinite()):  # TopK passes over inputs that are not a number
-            raise UserError(self._diagnosis(x, y, fvu))
-        rate = self._update(loss)
-        counts = torch.stack([codes.counts() for codes in encoded.codes])
-        self._count(counts, len(batch))
+        self.coder.zero_grad(set_to_none=True)
+        dead = self._dead()
+        parts = self.objective.split(batch, self.config.micro_batches)
+        n_tokens = sum(self.objective.n_tokens(part) for part in parts)
+        try:
+            outcomes = [self._accumulate(part, n_tokens, dead) for part in parts]
+            self._check_gradients()
+        except UserError as error:
+            raise UserError(f"step {self.step_number + 1}: {error}") from None
+        rate = self.config.peak_rate(self.coder.d_transcoder) * self.config.schedule(self.progress)
+        set_rate(self.optimizers, rate)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        counts = torch.stack([outcome.counts for outcome in outcomes]).sum(0)
+        self._count(counts, n_tokens)
         return StepMetrics(
             step=self.step_number,
             tokens=self.tokens,
-            loss=loss.item(),
-            fvu=fvu.mean().item(),
-            l0=counts.sum().item() / len(batch),
+            loss=_mean([outcome.loss for outcome in outcomes], outcomes),
+            fvu=_mean([outcome.fvu for outcome in outcomes], outcomes),
+            l0=counts.sum().item() / n_tokens,
             dead_fraction=self._dead().float().mean().item(),
             learning_rate=rate,
+            terms={name: _mean([o.terms.get(name, 0.0) for o in outcomes], outcomes) for name in outcomes[0].terms},
         )
 
     def leave_out(self, n_first: int, n_outliers: int) -> None:
@@ -113,57 +131,38 @@ class Trainer:
             activations: usable tokens on which TopK is converted to JumpReLU.
         """
         coder = deepcopy(self.coder).requires_grad_(False).eval()
-        x = activations.x[: self.config.calibration_tokens] / self.scales.input[:, None]
-        if isinstance(self.config.sparsity, JointTopK | TopK):
-            calibrate(coder, x)
-        elif isinstance(self.config.sparsity, JumpReLU):
-            coder.with_thresholds(torch.stack(list(coder.log_threshold)).exp())
-        coder.fold(self.scales.input, self.scales.output)
-        coder.first_write.copy_(self.scales.first_write)
-        return coder
+        return calibrate(coder, activations.x[: self.config.calibration_tokens]).fold()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Everything that the next step depends on: named tensors, and counters."""
-        tensors = {f"coder.{name}": p.detach() for name, p in self.coder.named_parameters()}
-        for name, parameter in self.coder.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{key}.{name}"] = value
+        tensors = {f"coder.{name}": tensor.detach() for name, tensor in self.coder.state_dict().items()}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer_state(self.optimizers).items()}
         tensors |= {f"scales.{name}": value for name, value in vars(self.scales).items()}
         return tensors | {"density": self.density}, self.counters()
 
-    @classmethod
-    def resume(cls, config: TrainConfig, tensors: dict[str, Tensor], counters: dict[str, int]) -> "Trainer":
-        """A trainer that goes on from `state`, bit for bit."""
-        names = Scales.__dataclass_fields__
-        trainer = cls(config, Scales(**{name: tensors[f"scales.{name}"] for name in names}))
+    def restore(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> "Trainer":
+        """Bring a new trainer of the same settings, in place, to a kept `state`, bit for bit."""
         for name in COUNTERS:
-            setattr(trainer, name, counters[name])
-        trainer.density = tensors["density"]
-        for name, parameter in trainer.coder.named_parameters():
-            parameter.data.copy_(tensors[f"coder.{name}"])
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            if f"optimizer.step.{name}" in tensors:
-                trainer.optimizer.state[parameter] = {key: tensors[f"optimizer.{key}.{name}"] for key in keys}
-        return trainer
+            setattr(self, name, counters[name])
+        self.density.copy_(tensors["density"])
+        moments = _under("optimizer.", tensors)
+        restore_optimizer(self.optimizers, list(self.coder.parameters()), moments)
+        self.coder.load_state_dict(_under("coder.", tensors))
+        return self
 
-    def _update(self, loss: Tensor) -> float:
-        rate = self.config.peak_rate(self.coder.d_transcoder) * self.config.schedule(self.progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self._check_gradients()
-        self.optimizer.step()
-        return rate
+    def _accumulate(self, part: Any, n_tokens: int, dead: Tensor) -> Outcome:
+        """Add a part's gradients, by its share of the tokens."""
+        with torch.autocast(self.density.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            outcome = self.objective(self.coder, part, self.progress, dead)
+        (outcome.loss * (outcome.n_tokens / n_tokens)).backward()
+        return outcome.detached()
 
     def _check_gradients(self) -> None:
         gradients = [p.grad for p in self.coder.parameters() if p.grad is not None]
         if not torch.nn.utils.get_total_norm(gradients).isfinite():
             bad = [n for n, p in self.coder.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
             name = bad[0] if bad else "all parameters together"
-            raise UserError(
-                f"step {self.step_number + 1}: the gradient of {name} is not a finite number; lower the learning rate"
-            )
+            raise UserError(f"the gradient of {name} is not a finite number; lower the learning rate")
 
     def _count(self, counts: Tensor, n_tokens: int) -> None:
         keep = 0.5 ** (n_tokens / self.config.density_tokens)
@@ -174,9 +173,40 @@ class Trainer:
     def _dead(self) -> Tensor:
         return self.density < self.config.dead_density
 
-    def _diagnosis(self, x: Tensor, y: Tensor, fvu: Tensor) -> str:
-        for what, per_layer in (("input", x.sum((0, 2))), ("target", y.sum((0, 2))), ("reconstruction", fvu)):
-            if not per_layer.isfinite().all():
-                layer = int((~per_layer.isfinite()).nonzero()[0])
-                return f"step {self.step_number + 1}: layer {layer}'s {what} is not a finite number; training stopped"
-        return f"step {self.step_number + 1}: the penalty is not a finite number; lower its coefficient"
+
+def _fresh(config: TrainConfig, scales: Scales) -> CrossLayerTranscoder:
+    if config.sparsity is None:
+        raise UserError("sparsity is None, which keeps that of a start, but there is no start; name a sparsity")
+    D = scales.output_mean.shape[1]
+    coder = CrossLayerTranscoder(config.wiring, D, config.width(D), config.sparsity, config.decoder, config.skip)
+    coder = coder.initialise(config.seed).to(scales.input.device)
+    coder.input_scale, coder.output_scale = scales.input.clone(), scales.output.clone()
+    coder.first_write.copy_(scales.first_write)
+    with torch.no_grad():
+        coder.b_dec.copy_(scales.output_mean / scales.output[:, None])
+    return coder
+
+
+def _from_start(config: TrainConfig, scales: Scales, coder: CrossLayerTranscoder) -> CrossLayerTranscoder:
+    wanted = {"wiring": config.wiring, "d_transcoder": config.width(coder.d_model), "skip": config.skip}
+    found = {"wiring": coder.wiring, "d_transcoder": coder.d_transcoder, "skip": coder.skip}
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise UserError(f"the start has {name} {found[name]}, the settings {value}; finetuning keeps the start's")
+    if config.sparsity is not None:
+        config.sparsity.check(len(coder.sources), coder.d_transcoder)
+        coder.sparsity = config.sparsity
+        coder.learn_thresholds().thresholds = None
+    coder = coder.to(scales.input.device).requires_grad_(True).train()
+    coder.first_write.copy_(scales.first_write)
+    return coder.unfold(scales.input, scales.output)
+
+
+def _mean(values: list[Any], outcomes: list[Outcome]) -> float:
+    """The mean over tokens of what the parts of a batch measured."""
+    total = sum(outcome.n_tokens for outcome in outcomes)
+    return sum(float(v) * outcome.n_tokens for v, outcome in zip(values, outcomes, strict=True)) / total
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

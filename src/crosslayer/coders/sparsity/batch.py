@@ -1,0 +1,70 @@
+"""The largest of a whole batch, over all layers: the budget moves to the tokens and layers that need it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crosslayer.coders.codes import Pattern
+from crosslayer.coders.sparsity.largest import LargestK, check_available
+from crosslayer.coders.sparsity.protocol import Encoder
+from crosslayer.coders.sparsity.selection import pattern_of
+from crosslayer.errors import UserError
+
+MARGIN = 0.7
+"""The search looks at what scores above this share of the last cuts; lower, when that is too little."""
+
+
+@dataclass(frozen=True)
+class BatchTopK(LargestK):
+    """The k x N largest features of N tokens over *all* layers together, by activation x decoder norm.
+
+    The score of the smallest one selected, its moving average kept in the coder as `cut`, becomes the threshold at
+    inference, where a token must not depend on the batch that it comes in. Source: Bussmann et al. 2024, "BatchTopK
+    sparse autoencoders"; jointly over layers as in "Circuit Tracing" (Anthropic, 2025), appendix.
+    """
+
+    cut_decay: float = 0.99
+    """What is left of the cut's moving average after a step."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.cut_decay < 1:
+            raise UserError(f"cut_decay is {self.cut_decay}; choose 0 up to, but not, 1")
+
+    def check(self, n_sources: int, n_features: int) -> None:
+        """See `Sparsity.check`."""
+        check_available(self.k, n_sources * n_features, f"{n_sources} layers of {n_features} features")
+
+    def patterns(self, coder: Encoder, pre: Tensor) -> list[Pattern]:
+        """See `Selecting.patterns`; moves `coder.cut` while the coder is in training mode."""
+        scores = pre * coder.decoder_norms()
+        cut = smallest_kept(scores, self.k * len(pre), coder.cut)
+        if coder.training:
+            coder.cut.copy_(torch.lerp(cut, coder.cut, self.cut_decay if coder.cut > 0 else 0.0))
+        return [pattern_of(layer >= cut) for layer in scores.unbind(1)]
+
+    def pattern(self, coder: Encoder, i: int, pre: Tensor) -> Pattern:
+        """See `Selecting.pattern`: by the moving average of the cuts."""
+        if not coder.cut > 0:
+            raise UserError("this BatchTopK transcoder has no threshold yet; train it for a step first")
+        return pattern_of(pre * coder.decoder_norms()[i] >= coder.cut)
+
+    def thresholds(self, coder: Encoder) -> Tensor:
+        """See `Sparsity.thresholds`: the cut, in each feature's own units."""
+        return coder.cut / coder.decoder_norms()
+
+
+def smallest_kept(scores: Tensor, n: int, near: Tensor) -> Tensor:
+    """The n-th largest of all scores; the smallest positive one when fewer are positive.
+
+    Only what lies above a bound is sorted: it starts below `near`, a good guess, and falls until enough does.
+    """
+    bound = MARGIN * near
+    while True:
+        candidates = scores[scores > bound]
+        if len(candidates) >= n:
+            return candidates.kthvalue(len(candidates) - n + 1).values
+        if bound == 0:
+            return candidates.min() if len(candidates) else scores.new_tensor(torch.inf)
+        bound = bound / 4 if bound > 1e-6 else torch.zeros_like(bound)

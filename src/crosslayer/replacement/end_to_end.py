@@ -1,0 +1,70 @@
+"""Training through the replacement model: its predictions, not only its writes, are to match the original's."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosslayer.activations.capture import capture_batch
+from crosslayer.activations.usable import usable
+from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.data.examples import Example
+from crosslayer.errors import UserError
+from crosslayer.metrics import cross_entropy, kl
+from crosslayer.models.load import LoadedModel
+from crosslayer.models.prompts import Batch, prepare
+from crosslayer.replacement.model import ReplacementModel
+from crosslayer.training.losses import KL, CrossEntropy
+from crosslayer.training.objective import Outcome, Reconstruction
+
+
+class EndToEnd:
+    """KL divergence from the original, or cross-entropy, of the replacement model on whole prompts, teacher-forced.
+
+    Every position that predicts a text token counts alike. On the original's stream the same transcoder is looked at
+    by `reconstruction`, for the sparsity's penalty, the revival of dead features and, weighted, its unexplained
+    variance. Batches are lists of examples.
+
+    Source: "Circuit Tracing" (Anthropic, 2025) trains on reconstruction alone; end-to-end losses after Braun et al.
+    2024, "Identifying functionally important features with end-to-end sparse dictionary learning".
+
+    Args:
+        model: the language model; its weights are not trained.
+        loss: KL or CrossEntropy, with the weights of the parts.
+        reconstruction: what is measured on the original's stream.
+    """
+
+    def __init__(self, model: LoadedModel, loss: KL | CrossEntropy, reconstruction: Reconstruction):
+        self.model, self.loss, self.reconstruction = model, loss, reconstruction
+
+    def split(self, batch: Sequence[Example], n: int) -> Sequence[Batch]:
+        """See `Objective.split`."""
+        n = min(n, len(batch))
+        parts = [batch[i * len(batch) // n : (i + 1) * len(batch) // n] for i in range(n)]
+        return [prepare(self.model.model, self.model.processor, part) for part in parts]
+
+    def n_tokens(self, part: Batch) -> int:
+        """See `Objective.n_tokens`: all tokens but padding and first positions."""
+        return int((part.position > 0).sum())
+
+    def __call__(self, coder: CrossLayerTranscoder, part: Batch, progress: float, dead: Tensor) -> Outcome:
+        """See `Objective.__call__`."""
+        activations, logits = capture_batch(self.model, part)
+        inner = self.reconstruction(coder, activations[usable(activations).keep], progress, dead)
+        divergence = self._divergence(coder, part, logits, progress)
+        if not divergence.isfinite():
+            raise UserError("the replacement model's predictions are not finite numbers; lower the learning rate")
+        weights = {"fvu": self.loss.fvu_weight}
+        terms = {name: term * weights.get(name, 1.0) for name, term in inner.terms.items()}
+        terms["kl" if isinstance(self.loss, KL) else "ce"] = self.loss.weight * divergence
+        loss = torch.stack(list(terms.values())).sum()
+        return Outcome(loss, terms, inner.fvu, inner.counts, self.n_tokens(part))
+
+    def _divergence(self, coder: CrossLayerTranscoder, part: Batch, original: Tensor, progress: float) -> Tensor:
+        with ReplacementModel(self.model, coder).replaced(progress):
+            logits: Any = self.model.model(**part.inputs, use_cache=False).logits[:, :-1]
+        scored = (part.attention & ~part.image)[:, 1:] & part.attention[:, :-1]
+        if isinstance(self.loss, KL):
+            return kl(original[:, :-1][scored][None], logits[scored][None]).mean()
+        return cross_entropy(logits[scored][None], part.tokens[:, 1:][scored][None]).mean()

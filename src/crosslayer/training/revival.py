@@ -1,0 +1,95 @@
+"""Dead features: two ways to give them a gradient again."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import linear
+
+from crosslayer.coders.codes import Codes
+from crosslayer.coders.sparsity import Encoded, encode_patterns, split_by_source
+from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.coders.writes import RunningWrites
+
+
+@dataclass(frozen=True)
+class AuxK:
+    """Dead features predict what the living left unexplained, through all their decoders.
+
+    Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix A.2. Looking at a sample of the
+    batch's tokens instead of all revives as many features at a fraction of the cost.
+    """
+
+    k: int = 32
+    """Dead features used a token, over all layers."""
+    coefficient: float = 1 / 32
+    """Weight in the loss, relative to the residual's own size; 0 switches it off."""
+    token_share: float = 0.25
+    """Share of the batch's tokens that it looks at."""
+
+    def loss(
+        self,
+        coder: CrossLayerTranscoder,
+        encoded: Encoded,
+        residual: Float[Tensor, "N L D"],
+        dead: Bool[Tensor, "S F"],
+    ) -> Tensor | float:
+        """The weighted auxiliary loss; 0 while nothing is dead or the coefficient is 0."""
+        if not self.coefficient or not dead.any():
+            return 0.0
+        n = max(1, round(self.token_share * len(residual)))
+        target = residual[:n].detach()
+        explained = self._explained(coder, encoded.x[:n], encoded.pre[:n].detach(), dead)
+        error = (explained - target).square().sum((0, 2)) / target.square().sum((0, 2)).clamp_min(1e-12)
+        return self.coefficient * error.mean()
+
+    def _explained(self, coder: CrossLayerTranscoder, x: Tensor, pre: Tensor, dead: Tensor) -> Tensor:
+        """What the k largest dead features of each token write, as if they had been selected."""
+        where = dead.flatten().nonzero().squeeze(1)
+        top = pre.flatten(1)[:, where].topk(min(self.k, len(where)), sorted=False)
+        patterns = split_by_source(where[top.indices], top.values > 0, *dead.shape)
+        writes = RunningWrites(coder.decoder, x.new_zeros(len(x), coder.b_dec.numel()))
+        for i, codes in enumerate(encode_patterns(coder, x, pre, patterns)):
+            writes.add(i, codes)
+        y = writes.everything()
+        return y if coder.output_scale is None else y * coder.output_scale[:, None]
+
+
+@dataclass(frozen=True)
+class DeadPenalty:
+    """Lifts the scores of dead features towards those of the least active ones: mean of sum max(0, cut - score).
+
+    A score is pre-activation x decoder norm; the cut is the mean over tokens of the smallest active one. The idea of
+    the pre-activation loss of "Circuit Tracing" (Anthropic, 2025) and of EleutherAI's `dead_latent_penalty`, on dead
+    features only and with decoder norms held fixed.
+    """
+
+    coefficient: float = 0.0
+    """Weight in the loss; 0 switches it off."""
+    token_share: float = 0.125
+    """Share of the batch's tokens that it looks at."""
+
+    def loss(self, coder: CrossLayerTranscoder, encoded: Encoded, dead: Bool[Tensor, "S F"]) -> Tensor | float:
+        """The weighted penalty; 0 while nothing is dead or the coefficient is 0."""
+        if not self.coefficient or not dead.any():
+            return 0.0
+        n = max(1, round(self.token_share * len(encoded.x)))
+        with torch.no_grad():
+            norms = coder.decoder_norms()
+            cut = _mean_smallest(encoded.codes, norms, len(encoded.x))
+        below = encoded.x.new_zeros(())
+        for i, source in enumerate(coder.sources):
+            rows = dead[i].nonzero().squeeze(1)
+            pre = linear(encoded.x[:n, source], coder.W_enc[i][rows], coder.b_enc[i][rows])
+            below = below + (cut - pre * norms[i, rows]).relu().sum()
+        return self.coefficient * below / n
+
+
+def _mean_smallest(codes: list[Codes], norms: Tensor, n_tokens: int) -> Tensor:
+    """The smallest active score of each token, averaged over the tokens that have one."""
+    smallest = norms.new_full((n_tokens,), torch.inf)
+    for source_codes, row in zip(codes, norms, strict=True):
+        tokens, features, values = source_codes.pairs()
+        smallest.scatter_reduce_(0, tokens, values.detach() * row[features], "amin")
+    return smallest[smallest.isfinite()].mean().nan_to_num(nan=0.0)
