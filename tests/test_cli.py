@@ -186,3 +186,54 @@ def test_generation_settings_that_cannot_work(run, tmp_path, options, word):
 def test_a_demo_of_nothing_leaves_nothing(run, tmp_path, option):
     check_refused(run("demo", "--out", tmp_path / "out", option, 0), "is 0")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_prints_the_cost_and_trains_nothing(train, tmp_path):
+    code, out, _ = train("--dry-run")
+    assert code == 0
+    assert all(word in out for word in ("parameters", "memory: moments", "disk: at most", "time: training steps"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_that_does_not_fit_says_what_would(train):
+    code, out, _ = train("--dry-run", "--d-transcoder", 30_000_000, "--batch-tokens", 1)
+    assert code == 0
+    assert "does not fit into memory; what would: --" in out
+
+
+def test_several_seeds_train_a_run_each(train, tmp_path):
+    code, out, _ = train("--seed", 3, 4)
+    assert code == 0
+    assert out.count("trained on") == 2
+    weights = [(tmp_path / "run" / f"seed-{n}" / "model.safetensors").read_bytes() for n in (3, 4)]
+    assert weights[0] != weights[1]
+
+
+def test_eleuthers_names_train_too(train, tmp_path):
+    line = "--cross_layer 2 --coalesce_topk concat --topk_coalesced True --activation topk --skip_connection True"
+    code, _, err = train(*line.split(), "--loss_fn", "kl-fvu")
+    assert code == 0, err
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["wiring"]["span"] == 2
+    assert config["decoder"] == {"kind": "target-tied", "scale": False, "offset": False, "topk_coalesced": 6}
+    assert config["skip"]["span"] == 1
+    assert config["provenance"]["training"]["config"]["loss"] == {"kind": "kl", "weight": 1.0, "fvu_weight": 1.0}
+
+
+def test_a_run_is_finetuned_from_another(train, tmp_path):
+    train()
+    code, _, err = train("--finetune", tmp_path / "run", out="tuned")
+    assert code == 2
+    assert "--d-transcoder is given, but --finetune keeps the run's own" in err
+
+
+def test_runs_are_exported_and_imported(run, train, tmp_path):
+    train()
+    code, out, err = run("export", "circuit-tracer", tmp_path / "run", "--out", tmp_path / "theirs")
+    assert code == 0, err
+    code, out, err = run("import", "circuit-tracer", tmp_path / "theirs", "--out", tmp_path / "back")
+    assert code == 0, err
+    assert "3 layers of 16 features" in out
+    code, out, err = run("export", "eleuther", tmp_path / "run", "--out", tmp_path / "more")
+    check_refused((code, out, err), "topk", "JumpReLU")
+    check_refused(run("import", "sae-lens", tmp_path, "--out", tmp_path / "x"), "'sae-lens'; choose one of eleuther")

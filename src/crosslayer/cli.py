@@ -10,21 +10,37 @@ import transformers
 import tyro
 from tyro.conf import Positional, arg
 
-from crosslayer.coders.sparsity import KINDS, Sparsity, read_sparsity
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Example, Examples, open_image
 from crosslayer.data.load import EMOJI_SCENES, load_data
 from crosslayer.demo import DEFAULT_TOKENS, MODEL, run_demo
+from crosslayer.eleuther_options import translate
 from crosslayer.errors import UserError
 from crosslayer.evaluation import evaluate as run_evaluation
 from crosslayer.files import claim_folder, write_json, write_text
+from crosslayer.formats import (
+    read_circuit_tracer,
+    read_eleuther,
+    read_gemma_scope,
+    write_circuit_tracer,
+    write_eleuther,
+)
 from crosslayer.models.load import LoadedModel, load_model
+from crosslayer.options import TrainOptions
+from crosslayer.planning import estimate
 from crosslayer.replacement.model import ReplacementModel
 from crosslayer.replacement.model import generate as run_generation
-from crosslayer.report import comparison_table, evaluation_table, inspection, side_by_side, write_report
-from crosslayer.training.config import TrainConfig
+from crosslayer.report import comparison_table, cost_table, evaluation_table, inspection, side_by_side, write_report
 from crosslayer.wiring import Wiring
+from crosslayer.workflow import RUN_FILES
 from crosslayer.workflow import train as run_training
+
+READERS: dict[str, Any] = {
+    "eleuther": read_eleuther,
+    "circuit-tracer": read_circuit_tracer,
+    "gemma-scope": read_gemma_scope,
+}
+WRITERS: dict[str, Any] = {"eleuther": write_eleuther, "circuit-tracer": write_circuit_tracer}
 
 Model = Annotated[Positional[str], arg(metavar="MODEL", help="Bundled name (emoji-llava), model folder, or hub id.")]
 Data = Annotated[Positional[str], arg(metavar="DATA", help="emoji-scenes, a text file (a line each), or JSON lines.")]
@@ -72,47 +88,28 @@ def inspect(
     print(inspection(loaded, _wiring(loaded, span, first_target)))
 
 
-def train(
-    model: Model,
-    data: Data,
-    out: Annotated[Path, arg(help="Folder of the run.")],
-    images: Images = None,
-    tokens: Annotated[int, arg(help="Tokens to train on; data is repeated in new orders as needed.")] = 1_000_000,
-    seed: Seed = 0,
-    span: Annotated[int | None, arg(help="Layers a source writes to: 1 is a PLT, all (default) the full CLT.")] = None,
-    first_target: FirstTarget = 0,
-    d_transcoder: Annotated[int | None, arg(help="Features a layer; overrides --expansion.")] = None,
-    expansion: Annotated[int, arg(help="Features a layer in multiples of d_model.")] = 8,
-    sparsity: Annotated[str, arg(help=f"One of {', '.join(KINDS)}.")] = "joint-topk",
-    k: Annotated[int | None, arg(help="Active features a token: over all layers (joint-topk), a layer (topk).")] = None,
-    penalty: Annotated[float | None, arg(help="Weight of the sparsity penalty of relu and jumprelu.")] = None,
-    learning_rate: Annotated[float | None, arg(help="Adam's peak rate; 12 / features a layer, at most 0.016.")] = None,
-    batch_tokens: Annotated[int, arg(help="Tokens a step, about.")] = 1024,
-    read: Annotated[
-        str, arg(help="What the encoders read: resid (before the MLP's norm) or mlp_in (after).")
-    ] = "resid",
-    revision: Revision = None,
-    resume: Annotated[bool, arg(help="Go on from the state in --out, to the result of an unbroken training.")] = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Train a transcoder on a model's activations; Ctrl-C keeps a state that --resume goes on from."""
-    loaded = load_model(model, revision=revision, read=read)
-    config = TrainConfig(
-        wiring=_wiring(loaded, span, first_target),
-        sparsity=_sparsity(sparsity, k, penalty),
-        d_transcoder=d_transcoder,
-        expansion=expansion,
-        tokens=tokens,
-        batch_tokens=batch_tokens,
-        learning_rate=learning_rate,
-        seed=seed,
-    )
-    coder = run_training(loaded, load_data(data, images, loaded), config, out, resume=resume, overwrite=overwrite)
-    counted = coder.provenance.training["counted"]
-    print(
-        f"trained on {counted['tokens']:,} tokens; left out {counted['first_left_out']:,} first positions "
-        f"and {counted['outliers_left_out']:,} norm outliers\nnext: crosslayer evaluate {out}"
-    )
+def train(options: Annotated[TrainOptions, arg(name="")]) -> None:
+    """Train a transcoder on a model's activations; Ctrl-C keeps a state that --resume goes on from.
+
+    EleutherAI's option names (--cross_layer, --coalesce_topk, ...) work too.
+    """
+    loaded = load_model(options.model, revision=options.revision, read=options.read)
+    start = None if options.finetune is None else CrossLayerTranscoder.load(options.finetune)
+    configs = [options.config(loaded.n_layers, start, seed) for seed in options.seed]
+    data = load_data(options.data, options.images, loaded)
+    if options.dry_run:
+        print(cost_table(estimate(loaded, data, configs[0], options.out), len(configs)))
+        return
+    for config in configs:
+        run = options.out if len(configs) == 1 else options.out / f"seed-{config.seed}"
+        coder = run_training(
+            loaded, data, config, run, start=options.finetune, resume=options.resume, overwrite=options.overwrite
+        )
+        counted = coder.provenance.training["counted"]
+        print(
+            f"trained on {counted['tokens']:,} tokens; left out {counted['first_left_out']:,} first positions "
+            f"and {counted['outliers_left_out']:,} norm outliers\nnext: crosslayer evaluate {run}"
+        )
 
 
 def evaluate(
@@ -155,7 +152,40 @@ def generate(
     print(side_by_side({"original": original, "replacement": replaced}))
 
 
-VERBS = {"demo": demo, "inspect": inspect, "train": train, "evaluate": evaluate, "generate": generate}
+def import_(
+    format: Annotated[Positional[str], arg(metavar="FORMAT", help=f"One of {', '.join(READERS)}.")],
+    source: Annotated[Positional[Path], arg(metavar="SRC", help="Folder to read.")],
+    out: Annotated[Path, arg(help="Folder of the run to write.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn transcoders trained elsewhere into a run that every verb takes."""
+    coder = _format(READERS, format)(source)
+    claim_folder(out, overwrite, RUN_FILES)
+    coder.save(out)
+    print(f"{out}: {coder.wiring.n_layers} layers of {coder.d_transcoder:,} features\nnext: crosslayer evaluate {out}")
+
+
+def export(
+    format: Annotated[Positional[str], arg(metavar="FORMAT", help=f"One of {', '.join(WRITERS)}.")],
+    run: Run,
+    out: Annotated[Path, arg(help="Folder to write.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a run in another tool's format."""
+    write = _format(WRITERS, format)
+    write(CrossLayerTranscoder.load(run), out, overwrite=overwrite)
+    print(f"{out}: written for {format}")
+
+
+VERBS = {
+    "demo": demo,
+    "inspect": inspect,
+    "train": train,
+    "evaluate": evaluate,
+    "generate": generate,
+    "import": import_,
+    "export": export,
+}
 
 
 def main() -> None:
@@ -166,9 +196,10 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            VERBS, prog="crosslayer", description=_DESCRIPTION, args=[a for a in args if a != "--debug"]
-        )
+        args = [a for a in args if a != "--debug"]
+        if args[:1] == ["train"]:
+            args = ["train", *translate(args[1:])]
+        tyro.extras.subcommand_cli_from_dict(VERBS, prog="crosslayer", description=_DESCRIPTION, args=args)
     except UserError as error:
         _stop(error, debug, 2)
     except KeyboardInterrupt as stop:
@@ -190,6 +221,12 @@ def _stop(error: BaseException, debug: bool, code: int) -> None:
     sys.exit(code)
 
 
+def _format(formats: dict[str, Any], name: str) -> Any:
+    if name not in formats:
+        raise UserError(f"format is {name!r}; choose one of {', '.join(formats)}")
+    return formats[name]
+
+
 def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
@@ -198,14 +235,6 @@ def _check_positive(**numbers: int) -> None:
 
 def _wiring(model: LoadedModel, span: int | None, first_target: int) -> Wiring:
     return Wiring.full(model.n_layers, first_target) if span is None else Wiring(model.n_layers, span, first_target)
-
-
-def _sparsity(kind: str, k: int | None, penalty: float | None) -> Sparsity:
-    settings = {"k": k, "coefficient": penalty}
-    given = {name: value for name, value in settings.items() if value is not None}
-    if "topk" in kind and k is None:
-        given["k"] = 64 if kind == "joint-topk" else 8
-    return read_sparsity({"kind": kind, **given})
 
 
 def _load_run(run: str, model: str | None) -> tuple[CrossLayerTranscoder, LoadedModel]:

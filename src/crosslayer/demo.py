@@ -16,6 +16,7 @@ from crosslayer.coders.transcoder import CrossLayerTranscoder, Provenance
 from crosslayer.data.examples import Example
 from crosslayer.data.load import EMOJI_SCENES, load_data
 from crosslayer.evaluation import Evaluation, agreement, evaluate
+from crosslayer.memory import keep_freed_memory
 from crosslayer.models.load import LoadedModel
 from crosslayer.models.prompts import prepare
 from crosslayer.replacement.model import ReplacementModel, generate
@@ -133,6 +134,7 @@ class DemoResult:
 def run_demo(model: LoadedModel, out: Path, *, tokens: int, prompts: int, seed: int) -> DemoResult:
     """Train on `tokens` tokens, evaluate on `prompts` scenes, compare; finished runs are saved under `out`."""
     started = time.perf_counter()
+    keep_freed_memory()
     data, held_out = load_data(EMOJI_SCENES, seed=seed), load_data(EMOJI_SCENES, n=prompts, split="test", seed=seed)
     source = ModelSource(model, data, seed=seed)
     first = source.chunk(0)

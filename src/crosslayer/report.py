@@ -22,6 +22,7 @@ from crosslayer.evaluation import Evaluation
 from crosslayer.files import write_text
 from crosslayer.metrics import Figure
 from crosslayer.models.load import LoadedModel
+from crosslayer.planning import Estimate
 from crosslayer.wiring import Wiring
 
 COLOURS = {"plt": "#c2703d", "clt": "#2f6f8f", "clt-next": "#8a8f98"}
@@ -48,6 +49,43 @@ def table(header: list[str], rows: list[list[str]]) -> str:
         for row in [header, *rows]
     ]
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def cost_table(estimate: Estimate, n_runs: int) -> str:
+    """What a training costs, for a terminal, and what to do where it does not fit."""
+    plan, room = estimate.plan, estimate.memory_room
+    rows = [
+        ["parameters", f"{plan.n_parameters:,}"],
+        ["memory: weights", _size(plan.weights)],
+        ["memory: gradients", _size(plan.gradients)],
+        ["memory: moments", _size(plan.moments)],
+        ["memory: activations", _size(plan.activations)],
+        ["memory: in all", f"{_size(plan.memory)} of {'?' if room is None else _size(room)} free"],
+        ["language model, loaded", _size(estimate.model)],
+        ["disk: finished run", _size(plan.finished_run)],
+        ["disk: at most", f"{_size(plan.disk)} of {_size(estimate.disk_room)} free"],
+        ["time: capturing", _duration(estimate.capture_seconds * n_runs)],
+        ["time: training steps", _duration((plan.seconds or 0.0) * n_runs)],
+    ]
+    lines = [table(["", "estimate" if n_runs == 1 else f"estimate, {n_runs} runs one after the other"], rows)]
+    if room is not None and plan.memory > room:
+        lines.append(f"does not fit into memory; what would: {', or '.join(estimate.proposals) or 'nothing we know'}")
+    if plan.disk > estimate.disk_room:
+        lines.append("does not fit on the disk; choose another --out")
+    return "\n".join(lines)
+
+
+def _size(n_bytes: int) -> str:
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = next((i for i in range(len(units)) if n_bytes < 1000 * 1024**i), len(units) - 1)
+    return f"{n_bytes / 1024**power:.3g} {units[power]}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def comparison(result: DemoResult) -> tuple[list[str], list[list[str]]]:

@@ -1,6 +1,6 @@
 """Running a frozen model on examples and keeping what its MLPs read and write."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -92,17 +92,18 @@ class ModelSource:
 
     def chunk(self, index: int) -> Activations:
         """All tokens of chunk `index` but padding."""
+        return Activations.concatenate(list(self.captured(index)))
+
+    def captured(self, index: int) -> Iterator[Activations]:
+        """The same, batch by batch."""
         chosen = [self._example(n) for n in range(index * self.chunk_prompts, (index + 1) * self.chunk_prompts)]
-        return Activations.concatenate(list(self._captured(chosen)))
+        for start in range(0, len(chosen), self.batch_prompts):
+            numbers = chosen[start : start + self.batch_prompts]
+            yield capture(self.model, [self.examples[n] for n in numbers], numbers)
 
     def prompts(self, start: int, n: int) -> list[Example]:
         """The examples visited from number `start` on, counted over epochs."""
         return [self.examples[self._example(i)] for i in range(start, start + n)]
-
-    def _captured(self, chosen: list[int]) -> Iterable[Activations]:
-        for start in range(0, len(chosen), self.batch_prompts):
-            numbers = chosen[start : start + self.batch_prompts]
-            yield capture(self.model, [self.examples[n] for n in numbers], numbers)
 
     def _example(self, n: int) -> int:
         """Number of the n-th example visited, counted over epochs."""

@@ -64,9 +64,10 @@ class Pattern:
         return self.offsets.shape[0] - 1
 
     @cached_property
-    def by_feature(self) -> tuple[Tensor, Tensor]:
-        """The order [A] that sorts the pairs by feature, and the offsets [F + 1] of each feature in that order."""
-        return torch.argsort(self.features, stable=True), _offsets(self.features, self.n_features)
+    def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The order [A] that sorts the pairs by feature, their tokens, and the offsets [F + 1] of each feature."""
+        order = torch.argsort(self.features.int(), stable=True)
+        return order, self.tokens.index_select(0, order), _offsets(self.features, self.n_features)
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,8 @@ def _bag(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tenso
 
 
 def _sum_by_feature(rows: Tensor, pattern: Pattern, weights: Tensor) -> Tensor:
-    order, offsets = pattern.by_feature
-    return _bag(rows.contiguous(), pattern.tokens[order], offsets, weights[order].contiguous())
+    order, tokens, offsets = pattern.by_feature
+    return _bag(rows.contiguous(), tokens, offsets, weights.index_select(0, order))
 
 
 class _Decode(torch.autograd.Function):

@@ -13,14 +13,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 
 from crosslayer.coders.codes import Codes
 from crosslayer.errors import UserError
 from crosslayer.variants import read_variant, write_variant
 from crosslayer.wiring import Wiring
-
-NORM_EPSILON = 1e-12
-"""Added to squared lengths, so that the gradient of an all-zero vector's length is finite."""
 
 
 @runtime_checkable
@@ -59,8 +57,8 @@ class Bank(nn.Module):
         """Write vectors before the scale, of some features or of all."""
         raise NotImplementedError
 
-    def base_squares(self, i: int) -> Float[Tensor, "F T"]:
-        """Squared lengths of all `base` vectors."""
+    def base_norms(self, i: int) -> Float[Tensor, "F T"]:
+        """Lengths of all `base` vectors."""
         raise NotImplementedError
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -93,10 +91,10 @@ class Bank(nn.Module):
 
     def norms(self) -> Float[Tensor, "S F"]:
         """Length of each feature's write vectors over all its targets."""
-        squares = [self.base_squares(i) for i in range(len(self.wiring.source_layers))]
+        lengths = [self.base_norms(i) for i in range(len(self.wiring.source_layers))]
         if len(self.scale):
-            squares = [s * scale.square() for s, scale in zip(squares, self.scale, strict=True)]
-        return torch.stack([(s.sum(1) + NORM_EPSILON).sqrt() for s in squares])
+            lengths = [length * scale for length, scale in zip(lengths, self.scale, strict=True)]
+        return torch.stack([vector_norm(length, dim=1) for length in lengths])
 
     @torch.no_grad()
     def fold(self, output_scale: Float[Tensor, " L"]) -> None:
@@ -107,7 +105,8 @@ class Bank(nn.Module):
         if not len(self.scale):
             self.settings = replace(self.settings, scale=True)
             shapes = [(self.d_transcoder, self.wiring.n_targets(s)) for s in self.wiring.source_layers]
-            self.scale = nn.ParameterList(output_scale.new_ones(shape) for shape in shapes)
+            learned = next(self.parameters()).requires_grad
+            self.scale = nn.ParameterList(nn.Parameter(output_scale.new_ones(shape), learned) for shape in shapes)
         for i, s in enumerate(self.wiring.source_layers):
             self.scale[i].mul_(output_scale[list(self.wiring.targets(s))])
 
@@ -211,13 +210,13 @@ class _Full(Bank):
     def base(self, i: int, features: Tensor | None) -> Tensor:
         return _rows(self.W_dec[i], features)
 
-    def base_squares(self, i: int) -> Tensor:
-        return self.W_dec[i].square().sum(2)
+    def base_norms(self, i: int) -> Tensor:
+        return vector_norm(self.W_dec[i], dim=2)
 
     def norms(self) -> Tensor:
         if len(self.scale):
             return super().norms()
-        return torch.stack([(W.flatten(1).square().sum(1) + NORM_EPSILON).sqrt() for W in self.W_dec])
+        return torch.stack([vector_norm(W.flatten(1), dim=1) for W in self.W_dec])
 
     def write(self, i: int, codes: Codes) -> Tensor:
         if len(self.scale) or len(self.offset):
@@ -239,9 +238,9 @@ class _SourceTied(Bank):
         n_targets = self.wiring.n_targets(self.wiring.source_layers[i])
         return _rows(self.W_dec[i], features)[:, None].expand(-1, n_targets, -1)
 
-    def base_squares(self, i: int) -> Tensor:
+    def base_norms(self, i: int) -> Tensor:
         n_targets = self.wiring.n_targets(self.wiring.source_layers[i])
-        return self.W_dec[i].square().sum(1, keepdim=True).expand(-1, n_targets)
+        return vector_norm(self.W_dec[i], dim=1, keepdim=True).expand(-1, n_targets)
 
     def write(self, i: int, codes: Codes) -> Tensor:
         if len(self.scale) or len(self.offset):
@@ -257,8 +256,8 @@ class _TargetTied(Bank):
     def base(self, i: int, features: Tensor | None) -> Tensor:
         return torch.stack([_rows(self.W_target[t], features) for t in self._targets(i)], 1)
 
-    def base_squares(self, i: int) -> Tensor:
-        return torch.stack([self.W_target[t].square().sum(1) for t in self._targets(i)], 1)
+    def base_norms(self, i: int) -> Tensor:
+        return torch.stack([vector_norm(self.W_target[t], dim=1) for t in self._targets(i)], 1)
 
     @torch.no_grad()
     def fold(self, output_scale: Tensor) -> None:
@@ -277,8 +276,8 @@ class _SourceAndTargetTied(_TargetTied):
     def base(self, i: int, features: Tensor | None) -> Tensor:
         return super().base(i, features) + _rows(self.W_dec[i], features)[:, None]
 
-    def base_squares(self, i: int) -> Tensor:
-        return self.base(i, None).square().sum(2)
+    def base_norms(self, i: int) -> Tensor:
+        return vector_norm(self.base(i, None), dim=2)
 
     def fold(self, output_scale: Tensor) -> None:
         Bank.fold(self, output_scale)
@@ -294,9 +293,9 @@ class _LowRank(Bank):
     def base(self, i: int, features: Tensor | None) -> Tensor:
         return _rows(self.mix[i], features) @ _rows(self.W_dec[i], features)
 
-    def base_squares(self, i: int) -> Tensor:
+    def base_norms(self, i: int) -> Tensor:
         W, mix = self.W_dec[i], self.mix[i]
-        return ((mix @ (W @ W.mT)) * mix).sum(2)
+        return ((mix @ (W @ W.mT)) * mix).sum(2).clamp_min(1e-12).sqrt()  # by way of the R x R products, which is less
 
     @torch.no_grad()
     def fold(self, output_scale: Tensor) -> None:

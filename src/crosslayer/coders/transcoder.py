@@ -145,13 +145,13 @@ class CrossLayerTranscoder(nn.Module, Encoder):
 
     def preactivations(self, x: Float[Tensor, "N L D"]) -> Float[Tensor, "N S F"]:
         """Encoder outputs of every source layer, before any non-linearity; x in the coder's own units."""
-        layers = range(len(self.sources))
+        layers = enumerate(self.sources)
         if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-            return torch.stack([self.layer_preactivations(i, x[:, self.sources[i]]) for i in layers], 1)
-        pre = x.new_empty(len(x), len(self.sources), self.d_transcoder)
-        for i in layers:
-            torch.addmm(self.b_enc[i], x[:, self.sources[i]], self.W_enc[i].T, out=pre[:, i])
-        return pre
+            return torch.stack([self.layer_preactivations(i, x[:, s]) for i, s in layers]).transpose(0, 1)
+        pre = x.new_empty(len(self.sources), len(x), self.d_transcoder)  # each layer in one piece
+        for i, s in layers:
+            torch.addmm(self.b_enc[i], x[:, s], self.W_enc[i].T, out=pre[i])
+        return pre.transpose(0, 1)
 
     def layer_preactivations(self, i: int, x: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
         """The same for source number i, from that layer's x."""
@@ -190,8 +190,10 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         return self.sparsity.at(progress) if self.thresholds is None else Thresholds(self.thresholds)
 
     def scaled(self, x: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
-        """What layers read, in the coder's own units."""
-        return x if self.input_scale is None else x / self.input_scale[:, None]
+        """What layers read, in the coder's own units; in memory, each layer in one piece."""
+        if self.input_scale is None:
+            return x
+        return (x.transpose(0, 1).contiguous() / self.input_scale[:, None, None]).transpose(0, 1)
 
     def writes(self, n_tokens: int) -> Writes:
         """A collector of what sources write to N tokens, in the coder's own units; biases are in it already."""

@@ -39,10 +39,17 @@ class EndToEnd:
         self.model, self.loss, self.reconstruction = model, loss, reconstruction
 
     def split(self, batch: Sequence[Example], n: int) -> Sequence[Batch]:
-        """See `Objective.split`."""
+        """See `Objective.split`; parts that hold nothing but first positions are left out.
+
+        Raises:
+            UserError: when all do.
+        """
         n = min(n, len(batch))
-        parts = [batch[i * len(batch) // n : (i + 1) * len(batch) // n] for i in range(n)]
-        return [prepare(self.model.model, self.model.processor, part) for part in parts]
+        cut = [batch[i * len(batch) // n : (i + 1) * len(batch) // n] for i in range(n)]
+        parts = [prepare(self.model.model, self.model.processor, part) for part in cut]
+        if not any(map(self.n_tokens, parts)):
+            raise UserError("a batch has no token to train on; its prompts need more than one token each")
+        return [part for part in parts if self.n_tokens(part)]
 
     def n_tokens(self, part: Batch) -> int:
         """See `Objective.n_tokens`: all tokens but padding and first positions."""
@@ -66,5 +73,7 @@ class EndToEnd:
             logits: Any = self.model.model(**part.inputs, use_cache=False).logits[:, :-1]
         scored = (part.attention & ~part.image)[:, 1:] & part.attention[:, :-1]
         if isinstance(self.loss, KL):
-            return kl(original[:, :-1][scored][None], logits[scored][None]).mean()
-        return cross_entropy(logits[scored][None], part.tokens[:, 1:][scored][None]).mean()
+            each = kl(original[:, :-1][scored][None], logits[scored][None])
+        else:
+            each = cross_entropy(logits[scored][None], part.tokens[:, 1:][scored][None])
+        return each.sum() / max(1, each.numel())  # pictures alone have no text to predict

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from crosslayer.coders.decoders import Decoder, Full, write_decoder
-from crosslayer.coders.sparsity import JointTopK, Sparsity, write_sparsity
+from crosslayer.coders.sparsity import JointTopK, Penalised, Sparsity, write_sparsity
 from crosslayer.errors import UserError
 from crosslayer.training.losses import FVU, Loss, write_loss
 from crosslayer.training.optimizers import Adam, OptimizerSettings, write_optimizer
@@ -72,6 +72,11 @@ class TrainConfig:
             raise UserError(f"calibration_tokens is {self.calibration_tokens}; choose at least 1")
         if self.precision not in PRECISIONS:
             raise UserError(f"precision is {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
+        if getattr(self.decoder, "topk_coalesced", None) and isinstance(self.sparsity, Penalised):
+            raise UserError(
+                f"topk_coalesced is set with {type(self.sparsity).__name__}, but it chooses among active features; "
+                "use it with a topk sparsity"
+            )
         if min(self.warmup_share, self.decay_share) < 0 or self.warmup_share + self.decay_share > 1:
             raise UserError(
                 f"warmup_share {self.warmup_share} and decay_share {self.decay_share} must be at least 0 "

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from crosslayer.errors import UserError
 from crosslayer.files import append_line
+from crosslayer.memory import keep_freed_memory
 from crosslayer.training.state import METRICS, save_state
 from crosslayer.training.stream import Place, StreamBatch
 from crosslayer.training.trainer import StepMetrics, Trainer
@@ -46,6 +47,7 @@ def fit(
         Interrupted: after Ctrl-C or a termination signal, between two steps.
         UserError: when a loss is not a number; the state kept is the last good one.
     """
+    keep_freed_memory()
     keep = _Keeper(trainer, run, context, place, checkpoint_seconds)
     with _stop_flag() as stop, _bar(trainer) as bar, keep:
         while not (trainer.finished or stop):

@@ -77,13 +77,13 @@ class Reconstruction:
         encoded = coder.encode_for_training(part.x, progress)
         y_hat = coder.decode(encoded.codes, part.x)
         fvu = layer_fvu(part.y, y_hat, self.variance)
-        terms = {"fvu": fvu.mean(), "penalty": coder.sparsity.penalty(coder, encoded, progress)}
+        terms = {"fvu": fvu.mean(), "penalty": coder.sparsity_at(progress).penalty(coder, encoded, progress)}
         terms["auxk"] = self.auxk.loss(coder, encoded, part.y - y_hat, dead)
         terms["dead_penalty"] = self.dead_penalty.loss(coder, encoded, dead)
         terms = {name: term for name, term in terms.items() if isinstance(term, Tensor)}
         loss = torch.stack(list(terms.values())).sum()
         if not (loss.isfinite() and part.x.sum().isfinite()):  # TopK passes over inputs that are not a number
-            raise UserError(_diagnosis(part, fvu))
+            raise UserError(_diagnosis(part, fvu, terms))
         counts = torch.stack([codes.counts() for codes in encoded.codes])
         return Outcome(loss, terms, terms["fvu"].detach(), counts, len(part))
 
@@ -98,9 +98,10 @@ def layer_fvu(
     return (y - y_hat).square().sum(2).mean(0) / variance
 
 
-def _diagnosis(batch: Activations, fvu: Tensor) -> str:
+def _diagnosis(batch: Activations, fvu: Tensor, terms: dict[str, Tensor]) -> str:
     for what, per_layer in (("input", batch.x.sum((0, 2))), ("target", batch.y.sum((0, 2))), ("reconstruction", fvu)):
         if not per_layer.isfinite().all():
             layer = int((~per_layer.isfinite()).nonzero()[0])
             return f"layer {layer}'s {what} is not a finite number; training stopped"
-    return "the penalty is not a finite number; lower its coefficient"
+    bad = next((name for name, term in terms.items() if not term.isfinite()), "loss")
+    return f"the {bad} is not a finite number; lower its coefficient"

@@ -87,16 +87,18 @@ class Trainer:
 
         Raises:
             UserError: when an activation, the loss or a gradient is not a finite number, naming the layer or tensor;
-                the weights stay as they were.
+                the state stays as it was.
         """
         self.coder.zero_grad(set_to_none=True)
         dead = self._dead()
         parts = self.objective.split(batch, self.config.micro_batches)
         n_tokens = sum(self.objective.n_tokens(part) for part in parts)
+        cut = self.coder.cut.clone()
         try:
             outcomes = [self._accumulate(part, n_tokens, dead) for part in parts]
             self._check_gradients()
         except UserError as error:
+            self.coder.cut.copy_(cut)  # which a BatchTopK moves when it encodes
             raise UserError(f"step {self.step_number + 1}: {error}") from None
         rate = self.config.peak_rate(self.coder.d_transcoder) * self.config.schedule(self.progress)
         set_rate(self.optimizers, rate)

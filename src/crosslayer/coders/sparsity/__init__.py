@@ -2,7 +2,7 @@
 
 from crosslayer.coders.sparsity.batch import BatchTopK
 from crosslayer.coders.sparsity.largest import GroupMax, JointTopK, TopK
-from crosslayer.coders.sparsity.penalised import JumpReLU, ReLU
+from crosslayer.coders.sparsity.penalised import JumpReLU, Penalised, ReLU
 from crosslayer.coders.sparsity.protocol import Encoded, Encoder, Sparsity
 from crosslayer.coders.sparsity.registry import KINDS, read_sparsity, write_sparsity
 from crosslayer.coders.sparsity.selection import Selecting, Thresholds, encode_patterns, split_by_source
@@ -15,6 +15,7 @@ __all__ = [
     "GroupMax",
     "JointTopK",
     "JumpReLU",
+    "Penalised",
     "ReLU",
     "Selecting",
     "Sparsity",

@@ -9,6 +9,7 @@ from crosslayer.coders.codes import Pattern
 from crosslayer.coders.sparsity.largest import LargestK, check_available
 from crosslayer.coders.sparsity.protocol import Encoder
 from crosslayer.coders.sparsity.selection import pattern_of
+from crosslayer.coders.sparsity.topk import kth_largest, reaching
 from crosslayer.errors import UserError
 
 MARGIN = 0.7
@@ -36,13 +37,17 @@ class BatchTopK(LargestK):
         """See `Sparsity.check`."""
         check_available(self.k, n_sources * n_features, f"{n_sources} layers of {n_features} features")
 
+    def budget(self, n_sources: int, n_features: int) -> int:
+        """See `Sparsity.budget`: k over all, on average."""
+        return self.k
+
     def patterns(self, coder: Encoder, pre: Tensor) -> list[Pattern]:
         """See `Selecting.patterns`; moves `coder.cut` while the coder is in training mode."""
-        scores = pre * coder.decoder_norms()
+        scores = pre.transpose(0, 1) * coder.decoder_norms()[:, None]
         cut = smallest_kept(scores, self.k * len(pre), coder.cut)
         if coder.training:
             coder.cut.copy_(torch.lerp(cut, coder.cut, self.cut_decay if coder.cut > 0 else 0.0))
-        return [pattern_of(layer >= cut) for layer in scores.unbind(1)]
+        return [pattern_of(layer >= cut) for layer in scores]
 
     def pattern(self, coder: Encoder, i: int, pre: Tensor) -> Pattern:
         """See `Selecting.pattern`: by the moving average of the cuts."""
@@ -60,11 +65,12 @@ def smallest_kept(scores: Tensor, n: int, near: Tensor) -> Tensor:
 
     Only what lies above a bound is sorted: it starts below `near`, a good guess, and falls until enough does.
     """
-    bound = MARGIN * near
+    smallest = scores.new_tensor(torch.finfo(scores.dtype).tiny)
+    bound = torch.maximum(MARGIN * near, smallest)
     while True:
-        candidates = scores[scores > bound]
+        candidates = scores.flatten().index_select(0, reaching(scores, bound))
         if len(candidates) >= n:
-            return candidates.kthvalue(len(candidates) - n + 1).values
-        if bound == 0:
+            return kth_largest(candidates[None], n)[0]
+        if bound == smallest:
             return candidates.min() if len(candidates) else scores.new_tensor(torch.inf)
-        bound = bound / 4 if bound > 1e-6 else torch.zeros_like(bound)
+        bound = bound / 4 if bound > 1e-6 else smallest

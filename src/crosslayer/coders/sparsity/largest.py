@@ -8,7 +8,8 @@ from torch import Tensor
 
 from crosslayer.coders.codes import Pattern
 from crosslayer.coders.sparsity.protocol import Encoder
-from crosslayer.coders.sparsity.selection import Selecting, kept_pattern, split_by_source
+from crosslayer.coders.sparsity.selection import Selecting, kept_pattern
+from crosslayer.coders.sparsity.topk import largest_of_each_token
 from crosslayer.errors import UserError
 
 
@@ -32,6 +33,10 @@ class LargestK(Selecting):
                 "choose anneal_from >= 1 and anneal_share from 0 to 1"
             )
 
+    def budget(self, n_sources: int, n_features: int) -> int:
+        """See `Sparsity.budget`: k in each layer."""
+        return self.k * n_sources
+
     def at(self, progress: float) -> Any:
         """See `Sparsity.at`: k falls geometrically."""
         left = max(0.0, 1 - progress / self.anneal_share) if self.anneal_share else 0.0
@@ -50,10 +55,13 @@ class JointTopK(LargestK):
         """See `Sparsity.check`."""
         check_available(self.k, n_sources * n_features, f"{n_sources} layers of {n_features} features")
 
+    def budget(self, n_sources: int, n_features: int) -> int:
+        """See `Sparsity.budget`: k over all."""
+        return self.k
+
     def patterns(self, coder: Encoder, pre: Tensor) -> list[Pattern]:
         """See `Selecting.patterns`."""
-        values, indices = largest((pre * coder.decoder_norms()).flatten(1), self.k)
-        return split_by_source(indices, values > 0, pre.shape[1], pre.shape[2])
+        return largest_of_each_token(pre.transpose(0, 1) * coder.decoder_norms()[:, None], self.k)
 
     def pattern(self, coder: Encoder, i: int, pre: Tensor) -> Pattern:
         """Refused: a joint choice needs all layers."""
@@ -73,8 +81,7 @@ class TopK(LargestK):
 
     def pattern(self, coder: Encoder, i: int, pre: Tensor) -> Pattern:
         """See `Selecting.pattern`."""
-        values, indices = largest(pre, self.k)
-        return kept_pattern(indices, values > 0, pre.shape[1])
+        return largest_of_each_token(pre.float()[None], self.k)[0]
 
 
 @dataclass(frozen=True)
@@ -102,12 +109,6 @@ class GroupMax(LargestK):
         size = pre.shape[1] // self.k
         values, places = pre.unflatten(1, (self.k, size)).max(2)
         return kept_pattern(places + size * torch.arange(self.k, device=pre.device), values > 0, pre.shape[1])
-
-
-def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and places [N, k] of the k largest of each row, in no particular order."""
-    top = scores.topk(min(k, scores.shape[1]), sorted=False)
-    return top.values, top.indices
 
 
 def check_available(k: int, available: int, where: str) -> None:

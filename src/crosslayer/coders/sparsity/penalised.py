@@ -17,6 +17,10 @@ class Penalised:
     def check(self, n_sources: int, n_features: int) -> None:
         """See `Sparsity.check`: any width will do."""
 
+    def budget(self, n_sources: int, n_features: int) -> int:
+        """See `Sparsity.budget`: all."""
+        return n_sources * n_features
+
     def at(self, progress: float) -> Any:
         """See `Sparsity.at`: the same throughout."""
         return self

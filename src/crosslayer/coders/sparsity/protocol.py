@@ -59,6 +59,10 @@ class Sparsity(Protocol):
         """Raise UserError where this sparsity cannot work on S layers of F features."""
         ...
 
+    def budget(self, n_sources: int, n_features: int) -> int:
+        """Features a token that a training step works with, over all layers: those active, or all of a dense one."""
+        ...
+
     def at(self, progress: float) -> "Sparsity":
         """The sparsity to use at `progress` (0 to 1) of the training."""
         ...

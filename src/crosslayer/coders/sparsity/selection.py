@@ -17,6 +17,10 @@ class Selecting:
     def check(self, n_sources: int, n_features: int) -> None:
         """See `Sparsity.check`: any width will do."""
 
+    def budget(self, n_sources: int, n_features: int) -> int:
+        """See `Sparsity.budget`: not known, so all."""
+        return n_sources * n_features
+
     def at(self, progress: float) -> Any:
         """See `Sparsity.at`: the same throughout."""
         return self
@@ -90,5 +94,5 @@ def pattern_of(active: Tensor) -> Pattern:
 
 
 def _codes(coder: Encoder, i: int, x: Tensor, pre: Tensor, pattern: Pattern) -> Codes:
-    values = pre[pattern.tokens, pattern.features].to(x.dtype)
+    values = pre.flatten().index_select(0, pattern.tokens * pre.shape[1] + pattern.features).to(x.dtype)
     return encode_active(x, coder.W_enc[i], coder.b_enc[i], pattern, values)

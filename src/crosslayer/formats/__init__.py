@@ -1,0 +1,16 @@
+"""Transcoders of other projects: a reader and, where their format can hold one of ours, a writer for each.
+
+Foreign names and transposes stay in here. Nothing is imputed and nothing is unpickled.
+"""
+
+from crosslayer.formats.circuit_tracer import read_circuit_tracer, write_circuit_tracer
+from crosslayer.formats.eleuther import read_eleuther, write_eleuther
+from crosslayer.formats.gemma_scope import read_gemma_scope
+
+__all__ = [
+    "read_circuit_tracer",
+    "read_eleuther",
+    "read_gemma_scope",
+    "write_circuit_tracer",
+    "write_eleuther",
+]
