@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: help install demo test lint types unit clean
+.PHONY: help install demo test lint types unit bench clean
 
 help:
 	@echo "make install   make .venv and install crosslayer with its pinned dependencies"
 	@echo "make demo      train, replace and compare on the bundled model (about five minutes)"
 	@echo "make test      lint, types and tests"
+	@echo "make bench     training step, part by part, and kernels; results in benchmarks/results"
 	@echo "make clean     remove .venv and the demo's output"
 
 install: $(STAMP)
@@ -24,14 +25,18 @@ demo: install
 test: lint types unit
 
 lint: install
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 
 types: install
 	$(BIN)/basedpyright --level error
 
 unit: install
 	$(BIN)/pytest
+
+bench: install
+	$(BIN)/python benchmarks/step.py --keep
+	$(BIN)/python benchmarks/kernels.py
 
 clean:
 	rm -rf .venv demo

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from crosslayer.coders import codes
 from crosslayer.coders.codes import DenseCodes, Pattern, SparseCodes, encode_active
 
 F, D, K = 7, 5, 6
@@ -114,3 +115,14 @@ def test_selected_codes_keep_some_pairs_with_new_values(pattern):
     values = torch.rand(len(pattern.tokens)) + 0.1
     chosen = SparseCodes(pattern, values).select(keep, 2 * values)
     torch.testing.assert_close(chosen.dense(), 2 * SparseCodes(pattern, values * keep).dense())
+
+
+@pytest.mark.parametrize("way", ["sums by MKL", "sums of rows", "dense"])
+def test_all_ways_to_decode_give_the_same_values_and_gradients(pattern, way, monkeypatch):
+    monkeypatch.setitem(codes.DENSE_FROM, "cpu", -1.0 if way == "dense" else 2.0)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: way == "sums by MKL")
+    values, W, ahead = doubles(len(pattern.tokens)), doubles(F, K), torch.randn(pattern.n_tokens, K).double()
+    acts = torch.zeros(pattern.n_tokens, F).double().index_put((pattern.tokens, pattern.features), values)
+    wanted = torch.autograd.grad(((acts @ W) * ahead).sum(), (values, W))
+    found = torch.autograd.grad((SparseCodes(pattern, values).decode(W) * ahead).sum(), (values, W))
+    torch.testing.assert_close(found, wanted)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crosslayer.coders.codes import SparseCodes
+from crosslayer.coders.sparsity import topk
 from crosslayer.coders.sparsity.topk import largest_of_each_token
 
 
@@ -26,6 +27,14 @@ def test_it_is_what_sorting_finds(n_sources, n_features, k, seed):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(9, n_sources, n_features, generator=generator) + torch.randn(9, 1, 1, generator=generator)
     assert torch.equal(kept(scores, k), by_sorting(scores, k))
+
+
+@pytest.mark.parametrize("k", [1, 5, 90])
+def test_the_way_of_a_gpu_finds_the_same(monkeypatch, k):
+    scores = torch.randn(9, 3, 64, generator=torch.Generator().manual_seed(k))
+    wanted = kept(scores, k)
+    monkeypatch.setattr(topk, "WITH_NUMPY", "nothing")
+    assert torch.equal(kept(scores, k), wanted)
 
 
 @pytest.mark.parametrize("k", [1, 3, 40])

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from crosslayer.coders.sparsity import Penalised
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 
 BATCH = 1024
@@ -14,21 +15,21 @@ BATCH = 1024
 def calibrate(coder: CrossLayerTranscoder, x: Float[Tensor, "N L D"]) -> CrossLayerTranscoder:
     """Convert `coder`, in place, to JumpReLU.
 
-    A sparsity that arrived at thresholds of its own keeps them. One that has none (TopK, joint or not, groups) gets
-    those that make the same features active per layer on the raw tokens `x`: a feature's threshold lies where the
-    feature fires on as many tokens as it was selected for. One that was never selected gets the layer's typical
-    threshold, in units of activation x decoder norm. One factor a layer then makes the layer's L0 exactly that of the
-    selection.
+    ReLU and JumpReLU keep the thresholds that they have. The others get some that make the same features active per
+    layer on the raw tokens `x`: BatchTopK's from its cut, for the rest a feature's threshold lies where the feature
+    fires on as many tokens as it was selected for, and one that was never selected gets the layer's typical threshold,
+    in units of activation x decoder norm. One factor a layer then makes the layer's L0 exactly that of the selection.
     """
     if coder.thresholds is not None:
         return coder
-    if (learned := coder.sparsity.thresholds(coder)) is not None:
+    learned = coder.sparsity.thresholds(coder)
+    if learned is not None and isinstance(coder.sparsity, Penalised):
         return coder.with_thresholds(learned)
     counts, norms, x_scaled = _selections(coder, x), coder.decoder_norms(), coder.scaled(x)
     rows = []
     for i, source in enumerate(coder.sources):
         pre = coder.layer_preactivations(i, x_scaled[:, source])
-        threshold = _fill(_rate_thresholds(pre, counts[i]), norms[i])
+        threshold = _fill(_rate_thresholds(pre, counts[i]), norms[i]) if learned is None else learned[i]
         rows.append(threshold * _factor(pre, threshold, int(counts[i].sum())))
     return coder.with_thresholds(torch.stack(rows))
 

@@ -5,6 +5,8 @@ pairs. Sparse codes cost what is active: the forward and both weight gradients a
 which run on a CPU and on a GPU alike.
 """
 
+import warnings
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -13,6 +15,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+DENSE_FROM = defaultdict(lambda: 0.3, cuda=0.1)
+"""Density of codes, by device, from which a dense product is quicker than sums of rows.
+
+Measured by `benchmarks/kernels.py` on a CPU: they cross at 0.28 to 0.37. For a GPU it is a guess.
+"""
 
 
 @runtime_checkable
@@ -63,6 +71,11 @@ class Pattern:
         """Number of tokens N."""
         return self.offsets.shape[0] - 1
 
+    @property
+    def density(self) -> float:
+        """Share of the N x F pairs that is active."""
+        return len(self.tokens) / max(1, self.n_tokens * self.n_features)
+
     @cached_property
     def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
         """The order [A] that sorts the pairs by feature, their tokens, and the offsets [F + 1] of each feature."""
@@ -78,7 +91,9 @@ class SparseCodes:
     values: Float[Tensor, " A"]
 
     def decode(self, W: Float[Tensor, "F K"]) -> Float[Tensor, "N K"]:
-        """See `Codes.decode`; costs A x K."""
+        """See `Codes.decode`; costs A x K, or a dense product where that is less."""
+        if self.pattern.density > DENSE_FROM[W.device.type]:
+            return self.dense() @ W
         return _Decode.apply(self.values, W, self.pattern)
 
     def dense(self) -> Float[Tensor, "N F"]:
@@ -174,6 +189,19 @@ def _sum_by_feature(rows: Tensor, pattern: Pattern, weights: Tensor) -> Tensor:
     return _bag(rows.contiguous(), tokens, offsets, weights.index_select(0, order))
 
 
+def _products(pattern: Pattern, grad: Float[Tensor, "N K"], W: Float[Tensor, "F K"]) -> Float[Tensor, " A"]:
+    """grad[token] . W[feature] at the active pairs; by MKL in the order of the features, which reads W once."""
+    if grad.device.type != "cpu" or not torch.backends.mkl.is_available() or not len(pattern.tokens):
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad, W, pattern.features, pattern.offsets[:-1], pattern.tokens, 0
+        )
+    order, tokens, offsets = pattern.by_feature
+    shape = (pattern.n_features, pattern.n_tokens)
+    sampled = torch.sparse_csr_tensor(offsets, tokens, grad.new_zeros(len(tokens)), shape, check_invariants=False)
+    products = torch.sparse.sampled_addmm(sampled, W, grad.T, beta=0.0).values()
+    return torch.empty_like(products).scatter_(0, order, products)
+
+
 class _Decode(torch.autograd.Function):
     """[N, K] = codes @ W; both gradients touch active pairs only."""
 
@@ -187,9 +215,7 @@ class _Decode(torch.autograd.Function):
     def backward(ctx, *grads):
         values, W = ctx.saved_tensors
         pattern, grad = ctx.pattern, grads[0].contiguous()
-        grad_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad, W, pattern.features, pattern.offsets[:-1], pattern.tokens, 0
-        )
+        grad_values = _products(pattern, grad, W)
         grad_W = _sum_by_feature(grad, pattern, values) if ctx.needs_input_grad[1] else None
         return grad_values, grad_W, None
 
@@ -212,3 +238,8 @@ class _EncodeActive(torch.autograd.Function):
         grad_W = _sum_by_feature(x, pattern, grad) if needs_W else None
         grad_b = grad.new_zeros(pattern.n_features).index_add_(0, pattern.features, grad) if needs_b else None
         return grad_x, grad_W, grad_b, None, None
+
+
+with warnings.catch_warnings():  # said once a process, of a part of torch that is as it was for years
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+    torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from crosslayer.coders.codes import Pattern
 
+WITH_NUMPY = "cpu"
+"""The kind of device whose memory numpy works on."""
 SLACK = 1.3
 """Blocks per wanted score: with fewer the bound is loose, with more it is dear."""
 BLOCK = 96
@@ -52,7 +54,7 @@ def _bound(scores: Float[Tensor, "S N F"], k: int) -> Float[Tensor, " N"]:
 
 def reaching(values: Tensor, bound: Tensor) -> Int[Tensor, " C"]:
     """Places, in the flattened tensor, of the values that reach the bound."""
-    if values.device.type == "cpu":
+    if values.device.type == WITH_NUMPY:
         return torch.from_numpy(np.flatnonzero(values.numpy() >= bound.numpy()))
     return (values >= bound).flatten().nonzero().squeeze(1)
 
@@ -78,7 +80,7 @@ def _table(values: Tensor, starts: Tensor, rows: Tensor, shape: torch.Size) -> F
 
 def kth_largest(rows: Float[Tensor, "N M"], k: int) -> Float[Tensor, " N"]:
     """The k-th largest of each row."""
-    if rows.device.type != "cpu":
+    if rows.device.type != WITH_NUMPY:
         return rows.topk(k, sorted=False).values.amin(1)
     place = rows.shape[1] - k
     return torch.from_numpy(np.partition(rows.numpy(), place, axis=1)[:, place].copy())
