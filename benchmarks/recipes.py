@@ -26,6 +26,7 @@ from crosslayer.activations.usable import usable
 from crosslayer.coders.transcoder import CrossLayerTranscoder, Provenance
 from crosslayer.memory import keep_freed_memory
 from crosslayer.options import TrainOptions
+from crosslayer.planning import plan
 from crosslayer.training.scales import estimate_scales
 from crosslayer.training.stream import Place, shuffled_batches
 from crosslayer.training.trainer import Trainer
@@ -35,6 +36,10 @@ TOKENS = 150_000
 FRESH_CHUNK = 10_000
 """Number of a chunk that no training reaches: for thresholds and dead features."""
 SCENES = 96
+WIDTH = 512
+"""Features a layer, where a recipe names none."""
+N_LAYERS, D_MODEL = 10, 128
+"""The bundled model's."""
 GROUPS = {
     "Sparsity, 64 features a token": [
         "--k 64",
@@ -102,7 +107,7 @@ GROUPS = {
         "--k 16 --seed 1",
     ],
 }
-COLUMNS = ("parameters", "tokens/s", "fvu", "l0", "dead", "agreement", "generation", "KL")
+COLUMNS = ("parameters", "memory", "tokens/s", "fvu", "l0", "dead", "agreement", "generation", "KL")
 
 
 class Captured:
@@ -147,15 +152,18 @@ def dead_fraction(coder: CrossLayerTranscoder, captured: Captured) -> float:
     return (counts == 0).float().mean().item()
 
 
+def options_of(recipe: str) -> TrainOptions:
+    """The options of a whole command line."""
+    width = "" if "--d-transcoder" in recipe else f"--d-transcoder {WIDTH}"
+    line = f"emoji-llava emoji-scenes --out run --tokens {TOKENS} {recipe} {width}"
+    return tyro.cli(TrainOptions, args=shlex.split(line))
+
+
 def measure(recipe: str, model: xl.LoadedModel, captured: Captured, scenes: Any) -> dict[str, str]:
     """One row of the table."""
-    line = f"emoji-llava emoji-scenes --out run --tokens {TOKENS} {recipe}"
-    if "--d-transcoder" not in recipe:
-        line += " --d-transcoder 512"
-    coder, speed = train(tyro.cli(TrainOptions, args=shlex.split(line)), model, captured)
+    coder, speed = train(options_of(recipe), model, captured)
     found = xl.evaluate(model, coder, scenes)
     return {
-        "parameters": f"{sum(p.numel() for p in coder.parameters()) / 1e6:.2f} M",
         "tokens/s": f"{speed:,.0f}",
         "fvu": f"{found.fvu.value:.3f}",
         "l0": f"{found.l0.value:.1f}",
@@ -166,15 +174,22 @@ def measure(recipe: str, model: xl.LoadedModel, captured: Captured, scenes: Any)
     }
 
 
+def cost(recipe: str) -> dict[str, str]:
+    """Parameters and memory of a recipe: weights, gradients, moments and one step."""
+    planned = plan(options_of(recipe).config(N_LAYERS, None, 0), D_MODEL)
+    return {"parameters": f"{planned.n_parameters / 1e6:.2f} M", "memory": f"{planned.memory / 2**20:.0f} MiB"}
+
+
 def markdown(rows: dict[str, dict[str, str]]) -> str:
     """All groups as tables."""
     lines = [f"# Recipes on emoji-llava\n\n{__doc__.split(chr(10), 1)[0]}\n"]
     lines.append(
-        f"Each row is `crosslayer train emoji-llava emoji-scenes --tokens {TOKENS} --d-transcoder 512` with\n"
+        f"Each row is `crosslayer train emoji-llava emoji-scenes --tokens {TOKENS} --d-transcoder {WIDTH}` with\n"
         "the options named (where they name a width, that one holds). Tokens a CPU second of the training steps, one\n"
         "thread, on a shared machine; fvu, l0, agreement (95 % interval), generation match and KL on\n"
         f"{SCENES} held-out scenes; dead: no firing on 30,000 fresh tokens. Made by `python benchmarks/recipes.py`.\n"
     )
+    rows = {recipe: {**cost(recipe), **row} for recipe, row in rows.items()}
     for group, recipes in GROUPS.items():
         lines += [f"## {group}\n", f"| options | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
         lines += [f"| `{r}` | {' | '.join(rows[r][c] for c in COLUMNS)} |" for r in recipes if r in rows]

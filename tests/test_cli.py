@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from crosslayer import cli
+from crosslayer import CrossLayerTranscoder, cli
 from crosslayer.training.trainer import Trainer
 
 
@@ -101,7 +101,7 @@ def test_unknown_model(run, tmp_path):
         (["--tokens", 0], ["tokens is 0"]),
         (["--sparsity", "dense"], ["'dense'", "joint-topk"]),
         (["--sparsity", "relu"], ["relu", "k"]),
-        (["--penalty", 1], ["joint-topk", "coefficient"]),
+        (["--penalty", 1], ["batch-topk", "coefficient"]),
         (["--read", "output"], ["'output'", "resid"]),
         (["--resume"], ["resume", "without --resume"]),
     ],
@@ -237,3 +237,15 @@ def test_runs_are_exported_and_imported(run, train, tmp_path):
     code, out, err = run("export", "eleuther", tmp_path / "run", "--out", tmp_path / "more")
     check_refused((code, out, err), "topk", "JumpReLU")
     check_refused(run("import", "sae-lens", tmp_path, "--out", tmp_path / "x"), "'sae-lens'; choose one of eleuther")
+
+
+def test_a_topk_run_goes_to_eleuther_and_comes_back_to_its_model(run, train, text, llama_folder, tmp_path):
+    train("--sparsity", "topk", "--no-calibrate")
+    assert run("export", "eleuther", tmp_path / "run", "--out", tmp_path / "theirs")[0] == 0
+    back = ["import", "eleuther", tmp_path / "theirs", "--out", tmp_path / "back"]
+    check_refused(run(*back, "--model", llama_folder), "--model and --data")
+    assert run(*back, "--model", llama_folder, "--data", text)[0] == 0
+    ours, again = (CrossLayerTranscoder.load(tmp_path / name) for name in ("run", "back"))
+    x = torch.randn(9, 3, 32)
+    torch.testing.assert_close(again(x), ours(x))
+    torch.testing.assert_close(again.first_write, ours.first_write, rtol=0.2, atol=0.05)  # other chunks, other means

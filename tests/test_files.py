@@ -8,8 +8,10 @@ import torch
 
 from crosslayer import UserError
 from crosslayer.files import (
+    UNFINISHED,
     append_line,
     atomic_path,
+    check_folder,
     claim_folder,
     read_json,
     read_tensors,
@@ -137,3 +139,13 @@ def test_an_empty_or_new_folder_is_claimed(tmp_path):
     for _ in range(2):
         claim_folder(tmp_path / "a" / "b", overwrite=False, ours=[])
     assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_what_a_killed_writer_left_is_no_obstacle_and_is_swept_away(tmp_path):
+    with atomic_path(tmp_path / "table.json") as temporary:
+        left = tmp_path / f"{temporary.name.removesuffix(UNFINISHED)}x{UNFINISHED}"
+        left.touch()
+    (tmp_path / "table.json").unlink()
+    check_folder(tmp_path, overwrite=False)
+    claim_folder(tmp_path, overwrite=False, ours=())
+    assert list(tmp_path.iterdir()) == []

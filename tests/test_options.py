@@ -38,8 +38,9 @@ def test_without_options_it_is_the_default_training():
     [
         ({"span": 2}, "wiring", Wiring(4, 2)),
         ({"first_target": 1}, "wiring", Wiring.full(4, 1)),
-        ({"k": 5}, "sparsity", JointTopK(5)),
+        ({"k": 5}, "sparsity", BatchTopK(5)),
         ({"sparsity": "topk"}, "sparsity", TopK(8)),
+        ({"sparsity": "joint-topk"}, "sparsity", JointTopK(64)),
         ({"sparsity": "batch-topk", "anneal_share": 0.0}, "sparsity", BatchTopK(64, anneal_share=0.0)),
         ({"sparsity": "relu", "penalty": 0.5}, "sparsity", ReLU(0.5)),
         ({"sparsity": "jumprelu", "target_l0": 9.0}, "sparsity", JumpReLU(target_l0=9.0, quadratic_coefficient=1.0)),
@@ -63,13 +64,14 @@ def test_an_option_is_the_setting_it_stands_for(options, name, value):
         ({"rank": 2, "decoder": "full"}, "decoder full has no setting rank"),
         ({"topk_coalesced": 2, "decoder": "source-tied"}, "decoder source-tied has no setting topk_coalesced"),
         ({"sparsity": "relu", "k": 3}, "sparsity relu has no setting k"),
-        ({"penalty": 0.1}, "sparsity joint-topk has no setting coefficient"),
+        ({"penalty": 0.1}, "sparsity batch-topk has no setting coefficient"),
         ({"fvu_weight": 1.0}, "loss fvu has no setting fvu_weight"),
         ({"skip": "all"}, "skip is 'all'; choose own or pairs"),
         ({"loss": "mse"}, "loss is 'mse'; choose one of fvu, kl, ce"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
         ({"precision": "fp16"}, "precision is 'fp16'"),
         ({"sparsity": "relu", "topk_coalesced": 4}, "topk_coalesced"),
+        ({"sparsity": "joint-topk", "calibrate": False}, "calibrate is off with JointTopK"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_by_name(options, named):

@@ -32,7 +32,7 @@ from crosslayer.replacement.model import ReplacementModel
 from crosslayer.replacement.model import generate as run_generation
 from crosslayer.report import comparison_table, cost_table, evaluation_table, inspection, side_by_side, write_report
 from crosslayer.wiring import Wiring
-from crosslayer.workflow import RUN_FILES
+from crosslayer.workflow import RUN_FILES, adopt
 from crosslayer.workflow import train as run_training
 
 READERS: dict[str, Any] = {
@@ -156,10 +156,17 @@ def import_(
     format: Annotated[Positional[str], arg(metavar="FORMAT", help=f"One of {', '.join(READERS)}.")],
     source: Annotated[Positional[Path], arg(metavar="SRC", help="Folder to read.")],
     out: Annotated[Path, arg(help="Folder of the run to write.")],
+    model: Annotated[str | None, arg(help="Model it is of; its writes at first positions are measured.")] = None,
+    data: Annotated[str | None, arg(help="Data to measure that on.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn transcoders trained elsewhere into a run that every verb takes."""
     coder = _format(READERS, format)(source)
+    if (model is None) != (data is None):
+        raise UserError("give --model and --data together, or neither")
+    if model is not None and data is not None:
+        loaded = load_model(model, read=coder.provenance.read)
+        adopt(loaded, load_data(data, model=loaded), coder)
     claim_folder(out, overwrite, RUN_FILES)
     coder.save(out)
     print(f"{out}: {coder.wiring.n_layers} layers of {coder.d_transcoder:,} features\nnext: crosslayer evaluate {out}")

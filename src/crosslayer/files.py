@@ -15,6 +15,9 @@ from torch import Tensor
 
 from crosslayer.errors import UserError
 
+UNFINISHED = ".part"
+"""How names of files end that are being written; one that is left was its writer's last."""
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -27,7 +30,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
         os.close(handle)
     except OSError as error:
         raise UserError(f"{path}: cannot write ({error.strerror}); free some room or choose another folder") from error
@@ -111,7 +114,7 @@ def check_folder(path: Path, overwrite: bool) -> None:
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; choose a folder for the output")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    if path.is_dir() and any(not file.name.endswith(UNFINISHED) for file in path.iterdir()) and not overwrite:
         raise UserError(f"{path}: already exists and is not empty; choose another folder or add --overwrite")
 
 
@@ -131,8 +134,15 @@ def claim_folder(path: Path, overwrite: bool, ours: Sequence[str]) -> None:
         path.mkdir(parents=True, exist_ok=True)
         for file in [file for pattern in ours for file in path.glob(pattern)]:
             file.unlink()
+        sweep(path)
     except OSError as error:
         raise UserError(f"{path}: cannot use this folder ({error.strerror}); choose another") from None
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers that were killed have left unfinished."""
+    for file in folder.glob(f".*{UNFINISHED}"):
+        file.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -59,7 +59,7 @@ class TrainOptions:
     d_transcoder: int | None = None
     """Features a layer; overrides --expansion."""
     expansion: int | None = None
-    """Features a layer in multiples of d_model; 8 by default."""
+    """Features a layer in multiples of d_model; 4 by default."""
     decoder: Annotated[str | None, arg(help=f"Decoder bank, one of {_names(DECODERS)}; full by default.")] = None
     rank: int | None = None
     """Write directions a feature of a low-rank decoder."""
@@ -72,7 +72,7 @@ class TrainOptions:
     skip: str | None = None
     """Skip connection: own (each layer to itself) or pairs (each source to all its targets); none by default."""
 
-    sparsity: Annotated[str | None, arg(help=f"One of {_names(KINDS)}; joint-topk by default.")] = None
+    sparsity: Annotated[str | None, arg(help=f"One of {_names(KINDS)}; batch-topk by default.")] = None
     k: int | None = None
     """Active features a token: over all layers (joint-topk, batch-topk; 64) or in each (topk, groupmax; 8)."""
     anneal_from: float | None = None
@@ -83,6 +83,8 @@ class TrainOptions:
     """Weight of the sparsity penalty of relu and jumprelu."""
     target_l0: float | None = None
     """Active features a token that jumprelu's quadratic penalty pulls to; switches it on."""
+    calibrate: bool = True
+    """Convert to JumpReLU at the end; topk, groupmax, batch-topk and relu can also stay what they are."""
     auxk: Annotated[float, arg(help="Weight of the loss by which dead features learn the residual; 0: off.")] = (
         AuxK.coefficient
     )
@@ -137,6 +139,7 @@ class TrainOptions:
             decay_share=self.decay_share,
             auxk=AuxK(coefficient=self.auxk),
             dead_penalty=DeadPenalty(self.dead_penalty),
+            calibrate=self.calibrate,
             seed=seed,
         )
         return config if start is None else self._of_start(config, start)
@@ -159,7 +162,7 @@ class TrainOptions:
         return kinds[self.skip]
 
     def _sparsity(self) -> Sparsity:
-        kind = self.sparsity or "joint-topk"
+        kind = self.sparsity or "batch-topk"
         quadratic = None if self.target_l0 is None else 1.0
         settings = _given(
             k=DEFAULT_K.get(kind) if self.k is None else self.k,

@@ -79,6 +79,18 @@ def train(
     return coder
 
 
+def adopt(model: LoadedModel, data: Sequence[Example], coder: CrossLayerTranscoder) -> CrossLayerTranscoder:
+    """Make, in place, an imported transcoder one of this model: with the mean write at a prompt's first position.
+
+    Raises:
+        UserError: when the model has another shape.
+    """
+    coder.provenance = replace(coder.provenance, model_id=model.id, revision=model.revision)
+    ReplacementModel(model, coder)  # refuses one of another shape
+    coder.first_write.copy_(estimate_scales(ModelSource(model, data).chunk(SCALE_CHUNK)).first_write)
+    return coder
+
+
 def _trainer(model: LoadedModel, config: TrainConfig, scales: Scales, start: str | Path | None) -> Trainer:
     objective = Reconstruction(scales.output_variance, config.auxk, config.dead_penalty)
     if isinstance(config.loss, KL | CrossEntropy):

@@ -57,8 +57,8 @@ def _fill(thresholds: Tensor, norms: Tensor) -> Tensor:
 
 
 def _factor(pre: Tensor, threshold: Tensor, n_wanted: int) -> Tensor:
-    """The factor on all thresholds above which exactly `n_wanted` pairs lie."""
+    """The factor on all thresholds above which exactly `n_wanted` pairs lie, halfway between two of them."""
     ratios = (pre / threshold).flatten()
     if not 0 < n_wanted < len(ratios):
         return ratios.new_tensor(1.0)
-    return ratios.topk(n_wanted + 1).values[-1].clamp_min(1e-6)
+    return ratios.topk(n_wanted + 1).values[-2:].mean().clamp_min(1e-6)

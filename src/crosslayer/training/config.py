@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from crosslayer.coders.decoders import Decoder, Full, write_decoder
-from crosslayer.coders.sparsity import JointTopK, Penalised, Sparsity, write_sparsity
+from crosslayer.coders.sparsity import BatchTopK, JointTopK, JumpReLU, Penalised, Sparsity, write_sparsity
 from crosslayer.errors import UserError
 from crosslayer.training.losses import FVU, Loss, write_loss
 from crosslayer.training.optimizers import Adam, OptimizerSettings, write_optimizer
@@ -20,7 +20,7 @@ class TrainConfig:
 
     wiring: Wiring
     """Which layer writes to which."""
-    sparsity: Sparsity | None = field(default_factory=lambda: JointTopK(64))
+    sparsity: Sparsity | None = field(default_factory=lambda: BatchTopK(64))
     """Which features count as active; None, for a finetuning, keeps what the start has, its thresholds fixed."""
     decoder: Decoder = field(default_factory=Full)
     """How write vectors are stored and shared."""
@@ -30,7 +30,7 @@ class TrainConfig:
     """What is minimised: reconstruction, or the replacement model's divergence from the original."""
     d_transcoder: int | None = None
     """Features a layer, F; `expansion` x d_model when left out."""
-    expansion: int = 8
+    expansion: int = 4
     """Features a layer in multiples of d_model, where d_transcoder is left out."""
     tokens: int = 1_000_000
     """Tokens to train on."""
@@ -58,6 +58,8 @@ class TrainConfig:
     """Half-life, in tokens, of the moving average of firing."""
     calibration_tokens: int = 8_192
     """Tokens on which TopK is converted to JumpReLU at the end."""
+    calibrate: bool = True
+    """Convert to JumpReLU at the end; topk, groupmax, batch-topk and relu can also stay what they are."""
     seed: int = 0
     """Seed of the weights and of the order of the data."""
 
@@ -76,6 +78,15 @@ class TrainConfig:
             raise UserError(
                 f"topk_coalesced is set with {type(self.sparsity).__name__}, but it chooses among active features; "
                 "use it with a topk sparsity"
+            )
+        if isinstance(self.sparsity, JointTopK) and not isinstance(self.loss, FVU):
+            raise UserError(
+                f"the loss is {type(self.loss).__name__}, through the replacement model, where JointTopK cannot encode "
+                "a layer alone; use BatchTopK (batch-topk), which keeps the joint budget"
+            )
+        if not self.calibrate and isinstance(self.sparsity, JointTopK | JumpReLU):
+            raise UserError(
+                f"calibrate is off with {type(self.sparsity).__name__}, which no layer could use alone; leave it on"
             )
         if min(self.warmup_share, self.decay_share) < 0 or self.warmup_share + self.decay_share > 1:
             raise UserError(

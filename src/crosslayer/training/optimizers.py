@@ -96,7 +96,7 @@ class _FlatMuon(torch.optim.Muon):
 
     def __init__(self, parameters: list[nn.Parameter], **settings: Any):
         self.originals = parameters
-        super().__init__([nn.Parameter(p.data.flatten(1)) for p in parameters], **settings)
+        super().__init__([nn.Parameter(p.data.view(len(p), -1)) for p in parameters], **settings)
 
     def step(self, closure: Any = None) -> None:
         for original, matrix in zip(self.originals, self.param_groups[0]["params"], strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crosslayer.coders.checkpoint import CONFIG
 from crosslayer.errors import UserError
-from crosslayer.files import read_tensors, write_tensors, write_text
+from crosslayer.files import read_tensors, sweep, write_tensors, write_text
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.scales import Scales
 from crosslayer.training.stream import Place
@@ -54,6 +54,7 @@ def load_state(run: Path, config: TrainConfig, context: dict[str, Any], device: 
         finished = (run / CONFIG).is_file()
         found = "is finished already" if finished else f"holds no {STATE} to resume from"
         raise UserError(f"{run}: {found}; start without --resume")
+    sweep(run)
     tensors, metadata = read_tensors(run / STATE)
     header = json.loads(metadata["crosslayer"])
     _check_same({**header["config"], **header["context"]}, {**config.record(), **context}, run)

@@ -1,7 +1,7 @@
 """The training step: batches in, a better transcoder out. It has never seen a language model."""
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -133,7 +133,9 @@ class Trainer:
             activations: usable tokens on which TopK is converted to JumpReLU.
         """
         coder = deepcopy(self.coder).requires_grad_(False).eval()
-        return calibrate(coder, activations.x[: self.config.calibration_tokens]).fold()
+        if self.config.calibrate:
+            calibrate(coder, activations.x[: self.config.calibration_tokens])
+        return coder.fold()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Everything that the next step depends on: named tensors, and counters."""
@@ -195,6 +197,9 @@ def _from_start(config: TrainConfig, scales: Scales, coder: CrossLayerTranscoder
     for name, value in wanted.items():
         if found[name] != value:
             raise UserError(f"the start has {name} {found[name]}, the settings {value}; finetuning keeps the start's")
+    asked: Any = config.decoder  # of any settings class
+    if replace(asked, scale=False) != replace(coder.decoder.settings, scale=False):
+        raise UserError(f"the start's decoder is {coder.decoder.settings}, the settings' {asked}; finetuning keeps it")
     if config.sparsity is not None:
         config.sparsity.check(len(coder.sources), coder.d_transcoder)
         coder.sparsity = config.sparsity
