@@ -42,7 +42,7 @@ N_LAYERS, D_MODEL = 10, 128
 """The bundled model's."""
 GROUPS = {
     "Sparsity, 64 features a token": [
-        "--k 64",
+        "--k 64 --sparsity joint-topk",
         "--k 64 --sparsity batch-topk",
         "--k 6 --sparsity topk",
         "--k 8 --sparsity groupmax",
@@ -50,7 +50,7 @@ GROUPS = {
         "--sparsity relu",
     ],
     "Sparsity, 16 features a token": [
-        "--k 16",
+        "--k 16 --sparsity joint-topk",
         "--k 16 --sparsity batch-topk",
         "--k 2 --sparsity topk",
         "--k 2 --sparsity groupmax",
@@ -58,7 +58,7 @@ GROUPS = {
         "--sparsity jumprelu --target-l0 16",
     ],
     "Sparsity, 8 features a token": [
-        "--k 8",
+        "--k 8 --sparsity joint-topk",
         "--k 8 --sparsity batch-topk",
     ],
     "Annealing and dead features": [
@@ -67,11 +67,12 @@ GROUPS = {
         "--k 16 --sparsity batch-topk --auxk 0",
         "--k 16 --sparsity batch-topk --auxk 0.25",
         "--k 16 --sparsity batch-topk --dead-penalty 1e-5",
-        "--k 16 --auxk 0",
+        "--k 16 --sparsity joint-topk --auxk 0",
+        "--k 64 --sparsity batch-topk --auxk 0.25",
         "--k 64 --sparsity batch-topk --d-transcoder 256",
         "--k 64 --sparsity batch-topk --d-transcoder 1024",
-        "--k 64 --d-transcoder 256",
-        "--k 64 --d-transcoder 1024",
+        "--k 64 --sparsity joint-topk --d-transcoder 256",
+        "--k 64 --sparsity joint-topk --d-transcoder 1024",
     ],
     "Decoders": [
         "--k 16 --sparsity batch-topk --rank 1",
@@ -104,7 +105,7 @@ GROUPS = {
         "--k 16 --sparsity batch-topk --optimizer adamw",
         "--k 16 --sparsity batch-topk --precision bf16",
         "--k 16 --sparsity batch-topk --seed 1",
-        "--k 16 --seed 1",
+        "--k 16 --sparsity joint-topk --seed 1",
     ],
 }
 COLUMNS = ("parameters", "memory", "tokens/s", "fvu", "l0", "dead", "agreement", "generation", "KL")
@@ -155,7 +156,8 @@ def dead_fraction(coder: CrossLayerTranscoder, captured: Captured) -> float:
 def options_of(recipe: str) -> TrainOptions:
     """The options of a whole command line."""
     width = "" if "--d-transcoder" in recipe else f"--d-transcoder {WIDTH}"
-    line = f"emoji-llava emoji-scenes --out run --tokens {TOKENS} {recipe} {width}"
+    auxk = "" if "--auxk" in recipe else "--auxk 0.03125"
+    line = f"emoji-llava emoji-scenes --out run --tokens {TOKENS} {recipe} {width} {auxk}"
     return tyro.cli(TrainOptions, args=shlex.split(line))
 
 
@@ -184,10 +186,11 @@ def markdown(rows: dict[str, dict[str, str]]) -> str:
     """All groups as tables."""
     lines = [f"# Recipes on emoji-llava\n\n{__doc__.split(chr(10), 1)[0]}\n"]
     lines.append(
-        f"Each row is `crosslayer train emoji-llava emoji-scenes --tokens {TOKENS} --d-transcoder {WIDTH}` with\n"
-        "the options named (where they name a width, that one holds). Tokens a CPU second of the training steps, one\n"
-        "thread, on a shared machine; fvu, l0, agreement (95 % interval), generation match and KL on\n"
-        f"{SCENES} held-out scenes; dead: no firing on 30,000 fresh tokens. Made by `python benchmarks/recipes.py`.\n"
+        f"Each row is `crosslayer train emoji-llava emoji-scenes --tokens {TOKENS} --d-transcoder {WIDTH}\n"
+        "--auxk 0.03125` with the options named (where they name one of these, that one holds). Tokens a CPU second\n"
+        "of the training steps, one thread, on a shared machine; fvu, l0, agreement (95 % interval), generation match\n"
+        f"and KL on {SCENES} held-out scenes; dead: no firing on 30,000 fresh tokens.\n"
+        "Made by `python benchmarks/recipes.py`.\n"
     )
     rows = {recipe: {**cost(recipe), **row} for recipe, row in rows.items()}
     for group, recipes in GROUPS.items():

@@ -39,12 +39,12 @@ WIRINGS = [Wiring.full(L), Wiring(L, 2), Wiring.per_layer(L), Wiring.full(L, fir
 SKIPS = [Wiring.per_layer(L), Wiring.full(L), Wiring(L, 2, first_target=1)]
 PLAIN = [Full(), SourceTied(), TargetTied(), SourceAndTargetTied(), LowRank(rank=2)]
 BANKS: list[Decoder] = [
-    *(bank(scale, offset) for bank in (Full, SourceTied, TargetTied, SourceAndTargetTied)
+    *(bank(scale=scale, offset=offset) for bank in (Full, SourceTied, TargetTied, SourceAndTargetTied)
       for scale, offset in product((False, True), repeat=2)),
     *(LowRank(rank=rank, offset=offset) for rank in (1, 2, 3) for offset in (False, True)),
 ]  # fmt: skip
 RICHEST: list[Decoder] = [bank for bank in BANKS if bank.scale and bank.offset] + [LowRank(rank=3, offset=True)]
-COALESCED = [TargetTied(scale, offset, topk_coalesced=3) for scale, offset in product((False, True), repeat=2)]
+COALESCED = [TargetTied(3, scale=scale, offset=offset) for scale, offset in product((False, True), repeat=2)]
 
 
 def named(decoder: Decoder) -> str:
@@ -311,7 +311,9 @@ def batch(number: int, n: int = 55) -> Activations:
     return activations[activations.position > 0]
 
 
-@pytest.mark.parametrize("decoder", [*PLAIN, SourceTied(True, True), TargetTied(False, True, 8)], ids=named)
+@pytest.mark.parametrize(
+    "decoder", [*PLAIN, SourceTied(scale=True, offset=True), TargetTied(8, offset=True)], ids=named
+)
 def test_every_bank_learns(decoder):
     config = TrainConfig(
         wiring=Wiring.full(3), skip=Wiring(3, 2), decoder=decoder, sparsity=TopK(3), d_transcoder=24, tokens=40 * 48,
@@ -353,8 +355,9 @@ def assert_same_function(one: CrossLayerTranscoder, other: CrossLayerTranscoder)
 def test_rank_1_is_source_tied_with_scales(wiring, offset):
     coder = made(LowRank(rank=1, offset=offset), wiring)
     bank = coder.decoder
-    assert_same_function(coder, same_encoder(coder, SourceTied(True, offset), W_dec=bank.W_dec, scale=bank.mix,
-                                             **({"offset": bank.offset} if offset else {})))  # fmt: skip
+    offsets = {"offset": bank.offset} if offset else {}
+    tied = SourceTied(scale=True, offset=offset)
+    assert_same_function(coder, same_encoder(coder, tied, W_dec=bank.W_dec, scale=bank.mix, **offsets))
 
 
 @wirings
@@ -392,8 +395,8 @@ def test_source_and_target_tied_without_the_source_is_target_tied(offset):
 
 def test_fresh_scales_and_offsets_change_nothing():
     plain = made(SourceTied())
-    fresh = same_encoder(plain, SourceTied(True, True), W_dec=plain.W_dec)
-    start = SourceTied(True, True).build(WIRINGS[0], D, F)
+    fresh = same_encoder(plain, SourceTied(scale=True, offset=True), W_dec=plain.W_dec)
+    start = SourceTied(scale=True, offset=True).build(WIRINGS[0], D, F)
     fresh.decoder.scale, fresh.decoder.offset = start.scale.double(), start.offset.double()
     assert_same_function(plain, fresh)
 

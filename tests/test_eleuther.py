@@ -467,7 +467,7 @@ def test_a_normalised_and_divided_run_is_written_as_a_simple_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "decoder", [SourceTied(True, True), TargetTied(), SourceAndTargetTied(), LowRank(rank=2)], ids=str
+    "decoder", [SourceTied(scale=True, offset=True), TargetTied(), SourceAndTargetTied(), LowRank(rank=2)], ids=str
 )
 def test_every_bank_is_written_as_the_full_one_that_it_amounts_to(tmp_path, decoder):
     coder = finished(Wiring(L, 3), decoder)

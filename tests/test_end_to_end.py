@@ -89,7 +89,12 @@ def prepared(model: LoadedModel) -> Batch:
 def made(dtype: torch.dtype = torch.double, **settings) -> CrossLayerTranscoder:
     """A random transcoder with scales of its own, in training; its thresholds are fixed where no sparsity is given."""
     torch.manual_seed(4)
-    parts = {"sparsity": ReLU(), "decoder": SourceTied(True, True), "skip": Wiring.per_layer(L), **settings}
+    parts = {
+        "sparsity": ReLU(),
+        "decoder": SourceTied(scale=True, offset=True),
+        "skip": Wiring.per_layer(L),
+        **settings,
+    }
     coder = CrossLayerTranscoder(Wiring.full(L), D, F, **parts).to(dtype).learn_thresholds()
     for parameter in coder.parameters():
         parameter.data = torch.randn_like(parameter) / parameter.shape[-1] ** 0.5

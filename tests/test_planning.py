@@ -16,7 +16,9 @@ def config(**settings) -> TrainConfig:
     return TrainConfig(wiring=Wiring.full(5), **{"d_transcoder": 48, "sparsity": JointTopK(8), **settings})
 
 
-@pytest.mark.parametrize("decoder", [Full(), Full(True, True), SourceTied(), TargetTied(), LowRank(rank=2)], ids=str)
+@pytest.mark.parametrize(
+    "decoder", [Full(), Full(scale=True, offset=True), SourceTied(), TargetTied(), LowRank(rank=2)], ids=str
+)
 @pytest.mark.parametrize("skip", [None, Wiring.per_layer(5)], ids=str)
 def test_parameters_are_those_of_the_transcoder(decoder, skip):
     settings = config(decoder=decoder, skip=skip)

@@ -109,7 +109,7 @@ def test_an_overwritten_run_leaves_nothing_behind(llama, tmp_path):
     [
         ([], {}, "data set is empty"),
         ([Example("a", "")], {}, "no token is left to train on; the prompts need more than one token each"),
-        (text_examples(4), {"sparsity": JointTopK(1000)}, "k is 1000, but 3 layers of 128 features are only 384"),
+        (text_examples(4), {"sparsity": JointTopK(1000)}, "k is 1000, but 3 layers of 64 features are only 192"),
         (text_examples(4), {"sparsity": TopK(9), "d_transcoder": 8}, "k is 9, but a layer of 8 features"),
         (text_examples(4), {"wiring": Wiring.full(4)}, "wiring is for 4 layers, the activations have 3"),
         ([Example("long", "a cat " * 70)], {}, "prompt 'long' has 141 tokens; the model's context holds 128"),

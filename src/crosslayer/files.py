@@ -16,7 +16,9 @@ from torch import Tensor
 from crosslayer.errors import UserError
 
 UNFINISHED = ".part"
-"""How names of files end that are being written; one that is left was its writer's last."""
+"""How names of files end that are being written."""
+LEAVINGS = (f".*{UNFINISHED}", ".tmp*")
+"""Patterns of what a killed writer may leave: ours, and safetensors' own."""
 
 
 @contextmanager
@@ -114,7 +116,7 @@ def check_folder(path: Path, overwrite: bool) -> None:
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; choose a folder for the output")
-    if path.is_dir() and any(not file.name.endswith(UNFINISHED) for file in path.iterdir()) and not overwrite:
+    if path.is_dir() and any(not _is_leaving(file) for file in path.iterdir()) and not overwrite:
         raise UserError(f"{path}: already exists and is not empty; choose another folder or add --overwrite")
 
 
@@ -141,8 +143,13 @@ def claim_folder(path: Path, overwrite: bool, ours: Sequence[str]) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what writers that were killed have left unfinished."""
-    for file in folder.glob(f".*{UNFINISHED}"):
-        file.unlink(missing_ok=True)
+    for file in folder.iterdir():
+        if _is_leaving(file):
+            file.unlink(missing_ok=True)
+
+
+def _is_leaving(file: Path) -> bool:
+    return any(file.match(pattern) for pattern in LEAVINGS)
 
 
 def _sync(path: Path) -> None:

@@ -59,7 +59,7 @@ class TrainOptions:
     d_transcoder: int | None = None
     """Features a layer; overrides --expansion."""
     expansion: int | None = None
-    """Features a layer in multiples of d_model; 4 by default."""
+    """Features a layer in multiples of d_model; 2 by default."""
     decoder: Annotated[str | None, arg(help=f"Decoder bank, one of {_names(DECODERS)}; full by default.")] = None
     rank: int | None = None
     """Write directions a feature of a low-rank decoder."""
@@ -84,7 +84,7 @@ class TrainOptions:
     target_l0: float | None = None
     """Active features a token that jumprelu's quadratic penalty pulls to; switches it on."""
     calibrate: bool = True
-    """Convert to JumpReLU at the end; topk, groupmax, batch-topk and relu can also stay what they are."""
+    """Convert to JumpReLU at the end; topk, groupmax and relu can also stay what they are."""
     auxk: Annotated[float, arg(help="Weight of the loss by which dead features learn the residual; 0: off.")] = (
         AuxK.coefficient
     )

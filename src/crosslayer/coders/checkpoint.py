@@ -63,7 +63,7 @@ def run_folder(source: str, revision: str | None = None) -> Path:
         return folder
     if folder.exists():
         raise UserError(f"{folder}: holds no {CONFIG}, so it is no finished run; train one or resume its training")
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if source.count("/") != 1 or source.startswith((".", "/", "~")) or folder.parent.is_dir():
         raise UserError(f"{source}: no such run; give the folder that `crosslayer train --out` wrote")
     try:
         return Path(snapshot_download(source, revision=revision))

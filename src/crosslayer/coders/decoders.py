@@ -120,7 +120,7 @@ class Bank(nn.Module):
         return named
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Pairwise:
     """What all banks can have: a scale and an offset of each feature for each target."""
 

@@ -325,9 +325,9 @@ def _bank(layers: Sequence[_Layer], wiring: Wiring) -> Decoder:
     scale = any((_scale(layer, s, wiring) != 1).any() for s, layer in enumerate(layers))
     offset = any(tensor.any() for layer in layers for tensor in layer.each("post_enc"))
     if cfg.tying == "concat":
-        return TargetTied(scale, offset, topk_coalesced=cfg.k if cfg.topk_coalesced else None)
+        return TargetTied(cfg.k if cfg.topk_coalesced else None, scale=scale, offset=offset)
     kinds = {"source": SourceTied, "source-and-target": SourceAndTargetTied}
-    return kinds.get(cfg.tying, Full)(scale, offset)
+    return kinds.get(cfg.tying, Full)(scale=scale, offset=offset)
 
 
 def _scale(layer: _Layer, s: int, wiring: Wiring) -> Float[Tensor, "F T"]:

@@ -30,7 +30,7 @@ class TrainConfig:
     """What is minimised: reconstruction, or the replacement model's divergence from the original."""
     d_transcoder: int | None = None
     """Features a layer, F; `expansion` x d_model when left out."""
-    expansion: int = 4
+    expansion: int = 2
     """Features a layer in multiples of d_model, where d_transcoder is left out."""
     tokens: int = 1_000_000
     """Tokens to train on."""
@@ -59,7 +59,7 @@ class TrainConfig:
     calibration_tokens: int = 8_192
     """Tokens on which TopK is converted to JumpReLU at the end."""
     calibrate: bool = True
-    """Convert to JumpReLU at the end; topk, groupmax, batch-topk and relu can also stay what they are."""
+    """Convert to JumpReLU at the end; topk, groupmax and relu can also stay what they are."""
     seed: int = 0
     """Seed of the weights and of the order of the data."""
 
@@ -84,9 +84,10 @@ class TrainConfig:
                 f"the loss is {type(self.loss).__name__}, through the replacement model, where JointTopK cannot encode "
                 "a layer alone; use BatchTopK (batch-topk), which keeps the joint budget"
             )
-        if not self.calibrate and isinstance(self.sparsity, JointTopK | JumpReLU):
+        if not self.calibrate and isinstance(self.sparsity, JointTopK | BatchTopK | JumpReLU):
             raise UserError(
-                f"calibrate is off with {type(self.sparsity).__name__}, which no layer could use alone; leave it on"
+                f"calibrate is off with {type(self.sparsity).__name__}, which cannot be used without thresholds; "
+                "leave it on, or choose topk, groupmax or relu"
             )
         if min(self.warmup_share, self.decay_share) < 0 or self.warmup_share + self.decay_share > 1:
             raise UserError(

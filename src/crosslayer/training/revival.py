@@ -23,7 +23,7 @@ class AuxK:
 
     k: int = 32
     """Dead features used a token, over all layers."""
-    coefficient: float = 1 / 32
+    coefficient: float = 1 / 4
     """Weight in the loss, relative to the residual's own size; 0 switches it off."""
     token_share: float = 0.25
     """Share of the batch's tokens that it looks at."""

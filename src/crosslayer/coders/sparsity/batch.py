@@ -45,19 +45,23 @@ class BatchTopK(LargestK):
         """See `Selecting.patterns`; moves `coder.cut` while the coder is in training mode."""
         scores = pre.transpose(0, 1) * coder.decoder_norms()[:, None]
         cut = smallest_kept(scores, self.k * len(pre), coder.cut)
-        if coder.training:
+        if coder.training and cut.isfinite():  # it is not where nothing is active
             coder.cut.copy_(torch.lerp(cut, coder.cut, self.cut_decay if coder.cut > 0 else 0.0))
         return [pattern_of(layer >= cut) for layer in scores]
 
     def pattern(self, coder: Encoder, i: int, pre: Tensor) -> Pattern:
         """See `Selecting.pattern`: by the moving average of the cuts."""
-        if not coder.cut > 0:
-            raise UserError("this BatchTopK transcoder has no threshold yet; train it for a step first")
+        self._check_trained(coder)
         return pattern_of(pre * coder.decoder_norms()[i] >= coder.cut)
 
     def thresholds(self, coder: Encoder) -> Tensor:
         """See `Sparsity.thresholds`: the cut, in each feature's own units."""
+        self._check_trained(coder)
         return coder.cut / coder.decoder_norms()
+
+    def _check_trained(self, coder: Encoder) -> None:
+        if not coder.cut > 0:
+            raise UserError("this BatchTopK transcoder has no threshold yet; train it for a step first")
 
 
 def smallest_kept(scores: Tensor, n: int, near: Tensor) -> Tensor:
