@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from crosslayer import BatchTopK, GroupMax, JointTopK, JumpReLU, ReLU, TopK, UserError, Wiring
 from crosslayer.coders.sparsity import read_sparsity, write_sparsity
-from crosslayer.coders.sparsity.batch import smallest_kept
+from crosslayer.coders.sparsity.batch import largest_of_all
 from making import array, dense_acts, random_coder
 
 WIRING = Wiring(3, 2)
@@ -85,11 +85,15 @@ def test_the_threshold_search_finds_the_nth_largest_from_any_guess(n, near, seed
     scores = torch.randn(200, generator=torch.Generator().manual_seed(seed))
     positive = scores[scores > 0].sort(descending=True).values
     wanted = positive[min(n, len(positive)) - 1]
-    assert smallest_kept(scores, n, torch.tensor(near)) == wanted
+    places, cut = largest_of_all(scores, n, torch.tensor(near))
+    assert cut == wanted
+    assert places.tolist() == (scores >= wanted).nonzero().squeeze(1).tolist()
 
 
 def test_the_threshold_search_takes_nothing_where_nothing_is_positive():
-    assert smallest_kept(-torch.rand(10), 3, torch.tensor(1.0)) == torch.inf
+    places, cut = largest_of_all(-torch.rand(10), 3, torch.tensor(1.0))
+    assert len(places) == 0
+    assert cut == torch.inf
 
 
 @pytest.mark.parametrize("sparsity", [JointTopK(3 * F), TopK(F)])

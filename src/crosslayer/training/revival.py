@@ -47,7 +47,10 @@ class AuxK:
     def _explained(self, coder: CrossLayerTranscoder, x: Tensor, pre: Tensor, dead: Tensor) -> Tensor:
         """What the k largest dead features of each token write, as if they had been selected."""
         where = dead.flatten().nonzero().squeeze(1)
-        top = pre.flatten(1)[:, where].topk(min(self.k, len(where)), sorted=False)
+        sleeping = [
+            layer.index_select(1, row.nonzero().squeeze(1)) for layer, row in zip(pre.unbind(1), dead, strict=True)
+        ]
+        top = torch.cat(sleeping, 1).topk(min(self.k, len(where)), sorted=False)
         patterns = split_by_source(where[top.indices], top.values > 0, *dead.shape)
         writes = RunningWrites(coder.decoder, x.new_zeros(len(x), coder.b_dec.numel()))
         for i, codes in enumerate(encode_patterns(coder, x, pre, patterns)):

@@ -9,7 +9,7 @@ from crosslayer.coders.codes import Pattern
 from crosslayer.coders.sparsity.largest import LargestK, check_available
 from crosslayer.coders.sparsity.protocol import Encoder
 from crosslayer.coders.sparsity.selection import pattern_of
-from crosslayer.coders.sparsity.topk import kth_largest, reaching
+from crosslayer.coders.sparsity.topk import kth_largest, patterns_at, reaching
 from crosslayer.errors import UserError
 
 MARGIN = 0.7
@@ -44,10 +44,10 @@ class BatchTopK(LargestK):
     def patterns(self, coder: Encoder, pre: Tensor) -> list[Pattern]:
         """See `Selecting.patterns`; moves `coder.cut` while the coder is in training mode."""
         scores = pre.transpose(0, 1) * coder.decoder_norms()[:, None]
-        cut = smallest_kept(scores, self.k * len(pre), coder.cut)
+        chosen, cut = largest_of_all(scores, self.k * len(pre), coder.cut)
         if coder.training and cut.isfinite():  # it is not where nothing is active
             coder.cut.copy_(torch.lerp(cut, coder.cut, self.cut_decay if coder.cut > 0 else 0.0))
-        return [pattern_of(layer >= cut) for layer in scores]
+        return patterns_at(chosen, scores.shape)
 
     def pattern(self, coder: Encoder, i: int, pre: Tensor) -> Pattern:
         """See `Selecting.pattern`: by the moving average of the cuts."""
@@ -64,17 +64,21 @@ class BatchTopK(LargestK):
             raise UserError("this BatchTopK transcoder has no threshold yet; train it for a step first")
 
 
-def smallest_kept(scores: Tensor, n: int, near: Tensor) -> Tensor:
-    """The n-th largest of all scores; the smallest positive one when fewer are positive.
+def largest_of_all(scores: Tensor, n: int, near: Tensor) -> tuple[Tensor, Tensor]:
+    """Places, in the flattened scores, of the n largest, as far as they are positive, and the smallest of those.
 
-    Only what lies above a bound is sorted: it starts below `near`, a good guess, and falls until enough does.
+    Only what lies above a bound is sorted: it starts below `near`, a good guess, and falls until enough does. The
+    smallest is infinite where nothing is positive.
     """
     smallest = scores.new_tensor(torch.finfo(scores.dtype).tiny)
     bound = torch.maximum(MARGIN * near, smallest)
     while True:
-        candidates = scores.flatten().index_select(0, reaching(scores, bound))
-        if len(candidates) >= n:
-            return kth_largest(candidates[None], n)[0]
-        if bound == smallest:
-            return candidates.min() if len(candidates) else scores.new_tensor(torch.inf)
+        places = reaching(scores, bound)
+        if len(places) >= n or bound == smallest:
+            break
         bound = bound / 4 if bound > 1e-6 else smallest
+    values = scores.flatten().index_select(0, places)
+    if not len(values):
+        return places, scores.new_tensor(torch.inf)
+    cut = kth_largest(values[None], min(n, len(values)))[0]
+    return places.index_select(0, reaching(values, cut)), cut

@@ -36,8 +36,7 @@ def largest_of_each_token(scores: Float[Tensor, "S N F"], k: int) -> list[Patter
     if table.shape[1] > k:
         cut = kth_largest(table, k).repeat(shape[0])
         flat = flat.index_select(0, reaching(values, cut.index_select(0, rows)))
-        starts, rows = _rows(flat, shape)
-    return _patterns(flat, starts, rows, shape)
+    return patterns_at(flat, shape)
 
 
 def _bound(scores: Float[Tensor, "S N F"], k: int) -> Float[Tensor, " N"]:
@@ -86,9 +85,10 @@ def kth_largest(rows: Float[Tensor, "N M"], k: int) -> Float[Tensor, " N"]:
     return torch.from_numpy(np.partition(rows.numpy(), place, axis=1)[:, place].copy())
 
 
-def _patterns(flat: Tensor, starts: Tensor, rows: Tensor, shape: torch.Size) -> list[Pattern]:
-    """The pattern of each source."""
+def patterns_at(flat: Int[Tensor, " C"], shape: torch.Size) -> list[Pattern]:
+    """The pattern of each source, from sorted places in the flattened scores [S, N, F]."""
     _, N, F = shape
+    starts, rows = _rows(flat, shape)
     tokens, features = rows.remainder(N), flat - rows * F
     borders = starts[::N].tolist()
     return [
