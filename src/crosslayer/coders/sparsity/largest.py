@@ -93,11 +93,14 @@ class GroupMax(LargestK):
 
     anneal_from: float = 1.0
     """Stays 1: groups are fixed."""
+    anneal_share: float = 0.0
+    """Stays 0, likewise."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.anneal_from != 1:
-            raise UserError(f"anneal_from is {self.anneal_from}, but groupmax has fixed groups; leave it at 1")
+        for name, only in (("anneal_from", 1), ("anneal_share", 0)):
+            if getattr(self, name) != only:
+                raise UserError(f"{name} is {getattr(self, name)}, but groupmax has fixed groups; leave it at {only}")
 
     def check(self, n_sources: int, n_features: int) -> None:
         """See `Sparsity.check`."""
