@@ -31,7 +31,8 @@ import torch
 
 import crosslayer as xl
 from crosslayer.activations.record import Activations
-from crosslayer.coders import codes
+from crosslayer.coders import codes, kernels
+from crosslayer.coders.products import affine
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.memory import keep_freed_memory
 from crosslayer.training.scales import estimate_scales
@@ -105,8 +106,8 @@ def watch_parts(watch: Stopwatch, trainer: Trainer) -> None:
     watch.watch(codes._Decode, "forward", "decode", staticmethod)
     watch.watch(codes._Decode, "backward", "gradient of codes", staticmethod)
     watch.watch(codes._EncodeActive, "backward", "gradient of encoders", staticmethod)
-    watch.watch(codes, "_sum_by_feature", "gradient of weights")
-    watch.watch(xl.AuxK, "_explained", "AuxK, forward")
+    watch.watch(kernels, "sum_by_feature", "gradient of weights")
+    watch.watch(xl.AuxK, "codes", "AuxK, selection")
     watch.watch(Trainer, "_check_gradients", "gradient check")
     watch.watch(trainer.optimizers[0], "step", "Adam")
 
@@ -183,7 +184,7 @@ def floor_of(trainer: Trainer, batch: Activations) -> Callable[[], None]:
     def run() -> None:
         with torch.no_grad():
             for i, source in enumerate(coder.sources):
-                torch.addmm(coder.b_enc[i], x[source], coder.W_enc[i].T, out=out[i])
+                out[i] = affine(x[source], coder.W_enc[i], coder.b_enc[i])
         adam.step()
 
     return run

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from crosslayer import CrossLayerTranscoder, Example, JointTopK, Wiring
+from crosslayer import AuxK, CrossLayerTranscoder, Example, JointTopK, Wiring
 from crosslayer.activations.record import Activations
-from crosslayer.coders.sparsity import JumpReLU, Sparsity, TopK
+from crosslayer.coders.sparsity import Encoded, JumpReLU, Sparsity, TopK
 from crosslayer.coders.transcoder import Provenance
 
 TEXTS = (
@@ -117,6 +117,12 @@ def dense_writes(coder: CrossLayerTranscoder, acts: list[np.ndarray]) -> np.ndar
             if first <= t < last:
                 y[:, t] += acts[i] @ array(coder.W_dec[i])[:, t - first]
     return y
+
+
+def auxk_loss(auxk: AuxK, coder: CrossLayerTranscoder, encoded: Encoded, residual: torch.Tensor, dead: torch.Tensor):
+    """The auxiliary loss of a batch, beside whatever its codes write; 0 where there is none."""
+    codes = auxk.codes(coder, encoded, dead)
+    return auxk.loss(coder.decode_beside(encoded.codes, encoded.x, codes)[1], residual) if codes else 0.0
 
 
 def array(tensor: torch.Tensor) -> np.ndarray:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from crosslayer.coders import codes
-from crosslayer.coders.codes import DenseCodes, Pattern, SparseCodes, encode_active
+from crosslayer.coders import kernels
+from crosslayer.coders.codes import DenseCodes, SparseCodes, encode_active
+from crosslayer.coders.pattern import Pattern
 
 F, D, K = 7, 5, 6
 
@@ -117,12 +118,27 @@ def test_selected_codes_keep_some_pairs_with_new_values(pattern):
     torch.testing.assert_close(chosen.dense(), 2 * SparseCodes(pattern, values * keep).dense())
 
 
-@pytest.mark.parametrize("way", ["sums by MKL", "sums of rows", "dense"])
-def test_all_ways_to_decode_give_the_same_values_and_gradients(pattern, way, monkeypatch):
-    monkeypatch.setitem(codes.DENSE_FROM, "cpu", -1.0 if way == "dense" else 2.0)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: way == "sums by MKL")
-    values, W, ahead = doubles(len(pattern.tokens)), doubles(F, K), torch.randn(pattern.n_tokens, K).double()
+@pytest.mark.parametrize("sums", [kernels.sums_by_bags, kernels.sums_by_csr])
+@pytest.mark.parametrize("dots", [kernels.dots_by_bags, kernels.dots_by_csr])
+@pytest.mark.parametrize("dense_from", [-1.0, 2.0])
+def test_all_kernels_give_the_same_values_and_gradients(pattern, sums, dots, dense_from, monkeypatch):
+    monkeypatch.setitem(kernels.DENSE_FROM, "cpu", dense_from)
+    monkeypatch.setitem(kernels.SUMS, "cpu", sums)
+    monkeypatch.setitem(kernels.DOTS, "cpu", dots)
+    values, W, ahead = doubles(len(pattern)), doubles(F, K), torch.randn(pattern.n_tokens, K).double()
     acts = torch.zeros(pattern.n_tokens, F).double().index_put((pattern.tokens, pattern.features), values)
+    ours = SparseCodes(pattern, values).decode(W)
+    torch.testing.assert_close(ours, acts @ W)
     wanted = torch.autograd.grad(((acts @ W) * ahead).sum(), (values, W))
-    found = torch.autograd.grad((SparseCodes(pattern, values).decode(W) * ahead).sum(), (values, W))
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad((ours * ahead).sum(), (values, W)), wanted)
+
+
+@pytest.mark.parametrize(
+    "form", [lambda codes: codes, lambda codes: DenseCodes(codes.dense())], ids=["sparse", "dense"]
+)
+def test_codes_that_follow_others_are_the_tokens_of_both(pattern, form):
+    first = SparseCodes(pattern, torch.rand(len(pattern)))
+    second = SparseCodes(make_pattern([[], [1, 5], []]), torch.rand(2))
+    both = form(first).followed_by(second)
+    assert both.n_tokens == pattern.n_tokens + 3
+    assert torch.equal(both.dense(), torch.cat([first.dense(), second.dense()]))

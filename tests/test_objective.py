@@ -5,9 +5,8 @@ import torch
 
 from crosslayer import AuxK, JointTopK, Wiring
 from crosslayer.coders.codes import DenseCodes
-from crosslayer.coders.sparsity import Encoded
 from crosslayer.training.objective import layer_fvu
-from making import array, random_coder
+from making import array, auxk_loss, random_coder
 
 N, L, D, F = 12, 3, 6, 10
 
@@ -26,7 +25,7 @@ def dead_mask(*features: tuple[int, int]) -> torch.Tensor:
 def auxiliary(auxk: AuxK, dead: torch.Tensor):
     coder, x = random_coder(Wiring.full(L), JointTopK(4)), inputs()
     residual = torch.randn(N, L, D, generator=torch.Generator().manual_seed(9))
-    return coder, residual, auxk.loss(coder, Encoded(x, coder.preactivations(x), []), residual, dead)
+    return coder, residual, auxk_loss(auxk, coder, coder.encode_for_training(x, 1.0), residual, dead)
 
 
 def test_fvu_is_the_unexplained_share_of_the_variance():
@@ -71,5 +70,5 @@ def test_there_is_no_auxiliary_loss_without_dead_features_or_coefficient():
 
 def test_a_layer_without_residual_gives_a_finite_loss():
     coder, x = random_coder(Wiring.full(L), JointTopK(4)), inputs()
-    loss = AuxK().loss(coder, Encoded(x, coder.preactivations(x), []), torch.zeros(N, L, D), dead_mask((0, 3)))
+    loss = auxk_loss(AuxK(), coder, coder.encode_for_training(x, 1.0), torch.zeros(N, L, D), dead_mask((0, 3)))
     assert torch.as_tensor(loss).isfinite()

@@ -21,7 +21,7 @@ from crosslayer import (
     Wiring,
 )
 from crosslayer.coders.sparsity import Sparsity
-from making import array, dense_acts
+from making import array, auxk_loss, dense_acts
 
 N, L, D, F = 24, 3, 6, 10
 BANKS = [
@@ -137,6 +137,16 @@ def test_where_nothing_is_active_the_cut_is_zero():
 # The auxiliary loss.
 
 
+def coalesced(acts: Tensor, sources: list[int], k: int | None) -> Tensor:
+    """Which activations [N, S, F] a target sees: all of its sources', or the k largest of them."""
+    seen = torch.zeros_like(acts)
+    seen[:, sources] = acts[:, sources]
+    if k is not None and sources:
+        chosen = seen.flatten(1).topk(min(k, seen[0].numel())).indices
+        seen = seen * torch.zeros_like(seen).flatten(1).scatter(1, chosen, 1.0).view_as(seen)
+    return seen > 0
+
+
 def auxk_by_hand(auxk: AuxK, coder: CrossLayerTranscoder, residual: Tensor, dead: Tensor) -> Tensor:
     """The error of the k largest dead features on the residual, relative to it, from dense masked products."""
     n, x = max(1, round(auxk.token_share * N)), inputs() / coder.input_scale[:, None]
@@ -145,13 +155,18 @@ def auxk_by_hand(auxk: AuxK, coder: CrossLayerTranscoder, residual: Tensor, dead
     candidates = torch.where(dead, pre, -torch.inf).flatten(1)
     chosen = torch.zeros_like(candidates).scatter(1, candidates.topk(min(auxk.k, int(dead.sum()))).indices, 1.0)
     active = (chosen.view_as(pre) > 0) & (pre > 0) & dead
-    explained = [torch.zeros(n, D, dtype=torch.double) for _ in range(L)]
-    for i, s in enumerate(coder.sources):
-        vectors, constants = coder.decoder.vectors(i), coder.decoder.constants(i)
-        for place, t in enumerate(coder.wiring.targets(s)):
-            explained[t] = explained[t] + (pre[:, i] * active[:, i]) @ vectors[:, place]
+    explained = []
+    for t in range(L):
+        sources = [coder.sources.index(s) for s in coder.wiring.sources(t)]
+        seen = coalesced(pre * active, sources, getattr(coder.decoder.settings, "topk_coalesced", None))
+        write = torch.zeros(n, D, dtype=torch.double)
+        for i in sources:
+            place = t - coder.wiring.targets(coder.sources[i]).start
+            vectors, constants = coder.decoder.vectors(i), coder.decoder.constants(i)
+            write = write + (pre[:, i] * seen[:, i]) @ vectors[:, place]
             if constants is not None:
-                explained[t] = explained[t] + active[:, i].double() @ constants[:, place]
+                write = write + seen[:, i].double() @ constants[:, place]
+        explained.append(write)
     y = torch.stack(explained, 1) * coder.output_scale[:, None]
     return auxk.coefficient * ((y - residual[:n]).square().sum((0, 2)) / residual[:n].square().sum((0, 2))).mean()
 
@@ -162,7 +177,7 @@ def auxk_by_hand(auxk: AuxK, coder: CrossLayerTranscoder, residual: Tensor, dead
 def test_the_auxiliary_loss_and_its_gradients_are_those_of_dense_products(decoder, wiring, auxk):
     coder, residual = made(decoder, wiring=wiring), inputs(seed=9)
     dead = some_dead(coder)
-    loss = auxk.loss(coder, coder.encode_for_training(inputs(), 1.0), residual, dead)
+    loss = auxk_loss(auxk, coder, coder.encode_for_training(inputs(), 1.0), residual, dead)
     wanted = auxk_by_hand(auxk, coder, residual, dead)
     torch.testing.assert_close(loss, wanted)
     ours, theirs = gradients(coder, loss), gradients(coder, wanted)
@@ -175,7 +190,7 @@ def test_the_auxiliary_loss_and_its_gradients_are_those_of_dense_products(decode
 def test_the_auxiliary_loss_is_the_same_for_every_sparsity(sparsity):
     coder = made(sparsity=sparsity)
     dead, auxk = some_dead(coder), AuxK(k=3, token_share=0.5)
-    loss = auxk.loss(coder, coder.encode_for_training(inputs(), 1.0), inputs(seed=9), dead)
+    loss = auxk_loss(auxk, coder, coder.encode_for_training(inputs(), 1.0), inputs(seed=9), dead)
     torch.testing.assert_close(loss, auxk_by_hand(auxk, coder, inputs(seed=9), dead))
 
 
@@ -184,7 +199,7 @@ def test_dead_features_learn_the_residual(decoder):
     coder, auxk = made(decoder), AuxK(coefficient=1.0, token_share=1.0)
     dead, optimizer, losses = some_dead(coder), torch.optim.Adam(coder.parameters(), lr=0.05), []
     for _ in range(30):
-        losses.append(auxk.loss(coder, coder.encode_for_training(inputs(), 1.0), inputs(seed=9), dead))
+        losses.append(auxk_loss(auxk, coder, coder.encode_for_training(inputs(), 1.0), inputs(seed=9), dead))
         gradients(coder, losses[-1])
         optimizer.step()
     assert losses[-1] < 0.9 < losses[0]
@@ -199,8 +214,8 @@ def test_without_dead_features_or_a_coefficient_there_is_neither(decoder):
     encoded, none = coder.encode_for_training(inputs(), 1.0), torch.zeros(L, F, dtype=torch.bool)
     assert DeadPenalty(1.0).loss(coder, encoded, none) == 0.0
     assert DeadPenalty(0.0).loss(coder, encoded, ~none) == 0.0
-    assert AuxK().loss(coder, encoded, inputs(seed=9), none) == 0.0
-    assert AuxK(coefficient=0.0).loss(coder, encoded, inputs(seed=9), ~none) == 0.0
+    assert auxk_loss(AuxK(), coder, encoded, inputs(seed=9), none) == 0.0
+    assert auxk_loss(AuxK(coefficient=0.0), coder, encoded, inputs(seed=9), ~none) == 0.0
 
 
 @sparsities
@@ -212,6 +227,6 @@ def test_neither_grows_with_the_batch(sparsity):
         """With every token n times."""
         encoded = coder.encode_for_training(inputs().repeat_interleave(n, 0), 1.0)
         residual = inputs(seed=9).repeat_interleave(n, 0)
-        return [auxk.loss(coder, encoded, residual, dead), penalty.loss(coder, encoded, dead)]
+        return [auxk_loss(auxk, coder, encoded, residual, dead), penalty.loss(coder, encoded, dead)]
 
     torch.testing.assert_close(losses(3), losses(1))

@@ -12,7 +12,7 @@ from crosslayer.coders.sparsity.topk import largest_of_each_token
 
 def kept(scores: torch.Tensor, k: int) -> torch.Tensor:
     """The mask [N, S, F] of what is chosen."""
-    patterns = largest_of_each_token(scores.transpose(0, 1).contiguous(), k)
+    patterns = largest_of_each_token(scores.transpose(0, 1), k)
     return torch.stack([SparseCodes(p, torch.ones(len(p.tokens))).dense() > 0 for p in patterns], 1)
 
 
@@ -52,3 +52,12 @@ def test_one_strong_block_does_not_hide_the_others():
     scores[0, 0, ::8] = 10.0  # 32 large ones, in as few strided blocks as can be
     scores += torch.rand(1, 1, 256) / 100
     assert torch.equal(kept(scores, 40), by_sorting(scores, 40))
+
+
+def test_chunks_of_tokens_and_weights_change_nothing_but_the_scores(monkeypatch):
+    pre, weights = torch.randn(3, 50, 24), torch.rand(3, 24) + 0.5
+    monkeypatch.setattr(topk, "CHUNK", 7)
+    patterns = largest_of_each_token(pre, 9, weights)
+    found = torch.stack([SparseCodes(p, torch.ones(len(p.tokens))).dense() > 0 for p in patterns], 1)
+    assert torch.equal(found, by_sorting((pre * weights[:, None]).transpose(0, 1), 9))
+    assert all(torch.equal(p.offsets.diff(), torch.bincount(p.tokens, minlength=50)) for p in patterns)

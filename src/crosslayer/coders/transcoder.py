@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from crosslayer.coders.checkpoint import check_tensors, read_run, write_run
 from crosslayer.coders.codes import Codes
 from crosslayer.coders.decoders import Decoder, Full, read_decoder, write_decoder
+from crosslayer.coders.products import affine
 from crosslayer.coders.sparsity import (
     BatchTopK,
     Encoded,
@@ -150,12 +151,12 @@ class CrossLayerTranscoder(nn.Module, Encoder):
             return torch.stack([self.layer_preactivations(i, x[:, s]) for i, s in layers]).transpose(0, 1)
         pre = x.new_empty(len(self.sources), len(x), self.d_transcoder)  # each layer in one piece
         for i, s in layers:
-            torch.addmm(self.b_enc[i], x[:, s], self.W_enc[i].T, out=pre[i])
+            pre[i] = self.layer_preactivations(i, x[:, s])
         return pre.transpose(0, 1)
 
     def layer_preactivations(self, i: int, x: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
         """The same for source number i, from that layer's x."""
-        return linear(x, self.W_enc[i], self.b_enc[i])
+        return affine(x, self.W_enc[i], self.b_enc[i])
 
     def decoder_norms(self) -> Float[Tensor, "S F"]:
         """Length of each feature's write vectors over all its targets."""
@@ -195,9 +196,12 @@ class CrossLayerTranscoder(nn.Module, Encoder):
             return x
         return (x.transpose(0, 1).contiguous() / self.input_scale[:, None, None]).transpose(0, 1)
 
-    def writes(self, n_tokens: int) -> Writes:
-        """A collector of what sources write to N tokens, in the coder's own units; biases are in it already."""
-        start = self.b_dec.flatten().expand(n_tokens, -1).clone()
+    def writes(self, n_tokens: int, n_bare: int = 0) -> Writes:
+        """A collector of what sources write, in the coder's own units, to N tokens and to some more.
+
+        Biases are in it already for the N, not for the bare ones after them.
+        """
+        start = torch.cat([self.b_dec.flatten().expand(n_tokens, -1), self.b_dec.new_zeros(n_bare, self.b_dec.numel())])
         k = getattr(self.decoder.settings, "topk_coalesced", None)
         return RunningWrites(self.decoder, start) if k is None else CoalescedWrites(self.decoder, start, k)
 
@@ -217,7 +221,21 @@ class CrossLayerTranscoder(nn.Module, Encoder):
 
     def decode(self, codes: Sequence[Codes], x: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
         """The reconstructed writes of all layers, from the codes of all sources and what the layers read."""
-        writes, by_layer = self.writes(len(x)), dict(zip(self.sources, codes, strict=True))
+        return self._decode(codes, x, 0)
+
+    def decode_beside(
+        self, codes: Sequence[Codes], x: Float[Tensor, "N L D"], others: Sequence[Codes]
+    ) -> tuple[Float[Tensor, "N L D"], Float[Tensor, "M L D"]]:
+        """The same, and what other codes write to M tokens of their own, without biases and skips.
+
+        In one pass, so that weights get one gradient instead of the sum of two.
+        """
+        both = [code.followed_by(other) for code, other in zip(codes, others, strict=True)]
+        y = self._decode(both, x, others[0].n_tokens)
+        return y[: len(x)], y[len(x) :]
+
+    def _decode(self, codes: Sequence[Codes], x: Tensor, n_bare: int) -> Tensor:
+        writes, by_layer = self.writes(len(x), n_bare), dict(zip(self.sources, codes, strict=True))
         for layer in range(self.wiring.n_layers):
             self.add_layer(writes, layer, by_layer.get(layer), x[:, layer])
         y = writes.everything()

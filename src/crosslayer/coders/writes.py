@@ -23,7 +23,7 @@ class Writes(Protocol):
         ...
 
     def add_linear(self, first: int, part: Float[Tensor, "N K"]) -> None:
-        """Add something for the targets from layer `first` on."""
+        """Add something for the first N tokens and the targets from layer `first` on."""
         ...
 
     def write(self, target: int) -> Float[Tensor, "N D"]:
@@ -121,15 +121,15 @@ def _largest_per_token(tokens: Tensor, values: Tensor, k: int) -> Tensor:
 
 
 class _AddSlice(torch.autograd.Function):
-    """total[:, start : start + K] += part, in place; autograd's own slice assignment would copy the total each time."""
+    """total[:N, start : start + K] += part, in place; autograd's own assignment would copy the total each time."""
 
     @staticmethod
     def forward(ctx, total, part, start):
-        total.narrow(1, start, part.shape[1]).add_(part)
+        total[: len(part)].narrow(1, start, part.shape[1]).add_(part)
         ctx.mark_dirty(total)
-        ctx.span = (start, part.shape[1])
+        ctx.rows, ctx.span = len(part), (start, part.shape[1])
         return total
 
     @staticmethod
     def backward(ctx, *grads):
-        return grads[0], grads[0].narrow(1, *ctx.span), None
+        return grads[0], grads[0][: ctx.rows].narrow(1, *ctx.span), None

@@ -75,10 +75,14 @@ class Reconstruction:
     def __call__(self, coder: CrossLayerTranscoder, part: Activations, progress: float, dead: Tensor) -> Outcome:
         """See `Objective.__call__`."""
         encoded = coder.encode_for_training(part.x, progress)
-        y_hat = coder.decode(encoded.codes, part.x)
+        revived = self.auxk.codes(coder, encoded, dead)
+        if revived:
+            y_hat, explained = coder.decode_beside(encoded.codes, part.x, revived)
+        else:
+            y_hat, explained = coder.decode(encoded.codes, part.x), None
         fvu = layer_fvu(part.y, y_hat, self.variance)
         terms = {"fvu": fvu.mean(), "penalty": coder.sparsity_at(progress).penalty(coder, encoded, progress)}
-        terms["auxk"] = self.auxk.loss(coder, encoded, part.y - y_hat, dead)
+        terms["auxk"] = 0.0 if explained is None else self.auxk.loss(explained, part.y - y_hat)
         terms["dead_penalty"] = self.dead_penalty.loss(coder, encoded, dead)
         terms = {name: term for name, term in terms.items() if isinstance(term, Tensor)}
         loss = torch.stack(list(terms.values())).sum()

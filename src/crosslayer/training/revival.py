@@ -10,7 +10,6 @@ from torch.nn.functional import linear
 from crosslayer.coders.codes import Codes
 from crosslayer.coders.sparsity import Encoded, encode_patterns, split_by_source
 from crosslayer.coders.transcoder import CrossLayerTranscoder
-from crosslayer.coders.writes import RunningWrites
 
 
 @dataclass(frozen=True)
@@ -28,35 +27,28 @@ class AuxK:
     token_share: float = 0.25
     """Share of the batch's tokens that it looks at."""
 
-    def loss(
-        self,
-        coder: CrossLayerTranscoder,
-        encoded: Encoded,
-        residual: Float[Tensor, "N L D"],
-        dead: Bool[Tensor, "S F"],
-    ) -> Tensor | float:
-        """The weighted auxiliary loss; 0 while nothing is dead or the coefficient is 0."""
-        if not self.coefficient or not dead.any():
-            return 0.0
-        n = max(1, round(self.token_share * len(residual)))
-        target = residual[:n].detach()
-        explained = self._explained(coder, encoded.x[:n], encoded.pre[:n].detach(), dead)
-        error = (explained - target).square().sum((0, 2)) / target.square().sum((0, 2)).clamp_min(1e-12)
-        return self.coefficient * error.mean()
+    def codes(self, coder: CrossLayerTranscoder, encoded: Encoded, dead: Bool[Tensor, "S F"]) -> list[Codes]:
+        """The k largest dead features of the first tokens, as if they had been selected.
 
-    def _explained(self, coder: CrossLayerTranscoder, x: Tensor, pre: Tensor, dead: Tensor) -> Tensor:
-        """What the k largest dead features of each token write, as if they had been selected."""
+        Empty while nothing is dead or the coefficient is 0.
+        """
+        if not self.coefficient or not dead.any():
+            return []
+        n = max(1, round(self.token_share * len(encoded.x)))
+        x, pre = encoded.x[:n], encoded.pre[:n].detach()
         where = dead.flatten().nonzero().squeeze(1)
         sleeping = [
             layer.index_select(1, row.nonzero().squeeze(1)) for layer, row in zip(pre.unbind(1), dead, strict=True)
         ]
         top = torch.cat(sleeping, 1).topk(min(self.k, len(where)), sorted=False)
         patterns = split_by_source(where[top.indices], top.values > 0, *dead.shape)
-        writes = RunningWrites(coder.decoder, x.new_zeros(len(x), coder.b_dec.numel()))
-        for i, codes in enumerate(encode_patterns(coder, x, pre, patterns)):
-            writes.add(i, codes)
-        y = writes.everything()
-        return y if coder.output_scale is None else y * coder.output_scale[:, None]
+        return encode_patterns(coder, x, pre, patterns)
+
+    def loss(self, explained: Float[Tensor, "M L D"], residual: Float[Tensor, "N L D"]) -> Tensor:
+        """The weighted auxiliary loss of what these codes write, beside the residual of the same tokens."""
+        target = residual[: len(explained)].detach()
+        error = (explained - target).square().sum((0, 2)) / target.square().sum((0, 2)).clamp_min(1e-12)
+        return self.coefficient * error.mean()
 
 
 @dataclass(frozen=True)

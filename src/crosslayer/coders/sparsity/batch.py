@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crosslayer.coders.codes import Pattern
+from crosslayer.coders.pattern import Pattern
 from crosslayer.coders.sparsity.largest import LargestK, check_available
 from crosslayer.coders.sparsity.protocol import Encoder
 from crosslayer.coders.sparsity.selection import pattern_of

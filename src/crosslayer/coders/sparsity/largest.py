@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosslayer.coders.codes import Pattern
+from crosslayer.coders.pattern import Pattern
 from crosslayer.coders.sparsity.protocol import Encoder
 from crosslayer.coders.sparsity.selection import Selecting, kept_pattern
 from crosslayer.coders.sparsity.topk import largest_of_each_token
@@ -61,7 +61,7 @@ class JointTopK(LargestK):
 
     def patterns(self, coder: Encoder, pre: Tensor) -> list[Pattern]:
         """See `Selecting.patterns`."""
-        return largest_of_each_token(pre.transpose(0, 1) * coder.decoder_norms()[:, None], self.k)
+        return largest_of_each_token(pre.transpose(0, 1), self.k, coder.decoder_norms())
 
     def pattern(self, coder: Encoder, i: int, pre: Tensor) -> Pattern:
         """Refused: a joint choice needs all layers."""

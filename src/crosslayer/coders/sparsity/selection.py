@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from crosslayer.coders.codes import Codes, Pattern, encode_active
+from crosslayer.coders.codes import Codes, encode_active
+from crosslayer.coders.pattern import Pattern
 from crosslayer.coders.sparsity.protocol import Encoded, Encoder
 
 

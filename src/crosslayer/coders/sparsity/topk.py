@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from crosslayer.coders.codes import Pattern
+from crosslayer.coders.pattern import Pattern
 
 WITH_NUMPY = "cpu"
 """The kind of device whose memory numpy works on."""
@@ -19,24 +19,38 @@ SLACK = 1.3
 """Blocks per wanted score: with fewer the bound is loose, with more it is dear."""
 BLOCK = 96
 """Scores in a block at most, over all sources."""
+CHUNK = 64
+"""Tokens at a time on a CPU, so that their scores stay in its caches and are never all in memory."""
 
 
-def largest_of_each_token(scores: Float[Tensor, "S N F"], k: int) -> list[Pattern]:
+def largest_of_each_token(
+    pre: Float[Tensor, "S N F"], k: int, weights: Float[Tensor, "S F"] | None = None
+) -> list[Pattern]:
     """Each token's k largest scores over all sources, as far as they are positive, as a pattern for each source.
 
-    The k largest scores lie in blocks whose maxima are at least the k-th largest block maximum, so that maximum is a
-    bound from below: what reaches it is little more than k scores a token, among which the k-th largest is found.
-    Scores that tie with the k-th are all kept.
+    A score is a pre-activation, times its feature's weight where there are weights. Scores that tie with the k-th are
+    all kept.
     """
-    shape, flat_scores = scores.shape, scores.flatten()
+    size = CHUNK if pre.device.type == WITH_NUMPY else max(1, pre.shape[1])
+    chunks = [part if weights is None else part * weights[:, None] for part in pre.split(size, 1)]
+    found = [patterns_at(_largest(scores.contiguous(), k), scores.shape) for scores in chunks]
+    return [Pattern.concatenate(parts) for parts in zip(*found, strict=True)]
+
+
+def _largest(scores: Float[Tensor, "S N F"], k: int) -> Int[Tensor, " C"]:
+    """Places of each token's k largest, in the flattened scores.
+
+    They lie in blocks whose maxima are at least the k-th largest block maximum, so that maximum is a bound from below:
+    what reaches it is little more than k scores a token, among which the k-th largest is found.
+    """
     flat = reaching(scores, _bound(scores, k)[:, None])
-    starts, rows = _rows(flat, shape)
-    values = flat_scores.index_select(0, flat)
-    table = _table(values, starts, rows, shape)
+    starts, rows = _rows(flat, scores.shape)
+    values = scores.flatten().index_select(0, flat)
+    table = _table(values, starts, rows, scores.shape)
     if table.shape[1] > k:
-        cut = kth_largest(table, k).repeat(shape[0])
+        cut = kth_largest(table, k).repeat(len(scores))
         flat = flat.index_select(0, reaching(values, cut.index_select(0, rows)))
-    return patterns_at(flat, shape)
+    return flat
 
 
 def _bound(scores: Float[Tensor, "S N F"], k: int) -> Float[Tensor, " N"]:
