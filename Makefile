@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: help install demo test lint types unit bench clean
+.PHONY: help install demo test lint types unit adam8bit bench clean
 
 help:
 	@echo "make install   make .venv and install crosslayer with its pinned dependencies"
@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/crosslayer demo --out demo --overwrite
 
-test: lint types unit
+test: lint types unit adam8bit
 
 lint: install
 	$(BIN)/ruff check src tests benchmarks
@@ -34,9 +34,14 @@ types: install
 unit: install
 	$(BIN)/pytest
 
+# Apart from .venv, as transformers imports torchao wherever it is installed, which takes seconds at every start.
+adam8bit: install
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt --upgrade --target .venv/adam8bit torchao
+	PYTHONPATH=.venv/adam8bit $(BIN)/pytest tests/test_optimizers.py -k Adam8bit
+
 bench: install
 	$(BIN)/python benchmarks/step.py --keep
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/sparse_products.py --keep
 
 clean:
 	rm -rf .venv demo

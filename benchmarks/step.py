@@ -9,8 +9,6 @@ checkout of theirs, run by an interpreter that has what it needs (`benchmarks/pe
 """
 
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import keep, machine
 
 import crosslayer as xl
 from crosslayer.activations.record import Activations
@@ -245,9 +244,8 @@ def main() -> None:
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has its requirements")
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results/DATE-step.md")
     args = parser.parse_args()
-    machine = torch.cuda.get_device_name() if args.device != "cpu" else f"{cpu_name()}, {args.threads} thread(s)"
-    when = datetime.now(UTC).date()
-    parts = [f"# Training step, {when}\n\n{machine}; torch {torch.__version__}; load {os.getloadavg()[0]:.1f}.\n"]
+    torch.set_num_threads(args.threads)
+    parts = [f"# Training step, {datetime.now(UTC).date()}\n\n{machine(args.device)}\n"]
     for name in args.case:
         for precision in args.precision:
             other = peer(name, args)
@@ -256,17 +254,7 @@ def main() -> None:
             parts.append(report(name, CASES[name], precision, args.sparsity, found, other))
             print(parts[-1], flush=True)
     if args.keep:
-        (HERE / "results").mkdir(exist_ok=True)
-        (HERE / "results" / f"{when}-step-{args.device}.md").write_text("\n".join(parts))
-
-
-def cpu_name() -> str:
-    """The processor, as the system calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        keep("step", args.device, "\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The encoder's product against float64, and its gradients against torch's own."""
+"""Dense products against float64, and its gradients against torch's own."""
 
 import numpy as np
 import pytest
@@ -35,6 +35,13 @@ def test_rows_that_do_not_lie_together_are_read_right():
     x, W, b = parts(24)
     apart = x.view(12, 2, 33)[:, 1]
     torch.testing.assert_close(affine(apart, W, b), linear(apart, W, b))
+
+
+def test_a_transposed_matrix_without_bias_will_do():
+    x, W = torch.randn(9, 12, requires_grad=True), torch.randn(12, 20, requires_grad=True)
+    found, grad = affine(x, W.T), torch.randn(9, 20)
+    torch.testing.assert_close(found, x @ W)
+    torch.testing.assert_close(torch.autograd.grad(found, (x, W), grad), torch.autograd.grad(x @ W, (x, W), grad))
 
 
 def test_autocast_is_left_to_torch():

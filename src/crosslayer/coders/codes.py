@@ -13,6 +13,7 @@ from torch import Tensor
 
 from crosslayer.coders import kernels
 from crosslayer.coders.pattern import Pattern
+from crosslayer.coders.products import affine
 
 
 @runtime_checkable
@@ -74,7 +75,7 @@ class SparseCodes:
     def decode(self, W: Float[Tensor, "F K"]) -> Float[Tensor, "N K"]:
         """See `Codes.decode`; costs A x K, or a dense product where that is less."""
         if self.pattern.density > kernels.DENSE_FROM[W.device.type]:
-            return self.dense() @ W
+            return affine(self.dense(), W.T)
         return _Decode.apply(self.values, W, self.pattern)
 
     def dense(self) -> Float[Tensor, "N F"]:
@@ -124,7 +125,7 @@ class DenseCodes:
 
     def decode(self, W: Float[Tensor, "F K"]) -> Float[Tensor, "N K"]:
         """See `Codes.decode`; one dense product."""
-        return self.acts @ W
+        return affine(self.acts, W.T)
 
     def dense(self) -> Float[Tensor, "N F"]:
         """See `Codes.dense`."""

@@ -1,8 +1,8 @@
 """The three products of sparse codes, each at the cost of the active pairs, by the quickest kernel of a device.
 
-Axes as in `codes`. All kernels run on every device and are tested for equality on a CPU; `benchmarks/kernels.py`
-measures them. On a CPU, sums of rows by `embedding_bag` are up to three times as quick as by MKL's CSR product. On a
-GPU they were never measured by us; cuSPARSE is chosen for sums because others found it within 4 % of a Triton kernel.
+Axes as in `codes`. All kernels run on every device and are tested for equality on a CPU, where sums of rows by
+`embedding_bag` are up to three times as quick as MKL's CSR product (`benchmarks/sparse_products.py`). On a GPU none
+was measured by us; cuSPARSE is chosen for sums because others found it within 4 % of a Triton kernel.
 """
 
 import warnings

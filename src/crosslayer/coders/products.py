@@ -1,4 +1,4 @@
-"""The encoder's dense product, by the quickest library that PyTorch carries."""
+"""Dense products, by the quickest library that PyTorch carries."""
 
 import torch
 from jaxtyping import Float
@@ -6,7 +6,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 
-def affine(x: Float[Tensor, "N D"], W: Float[Tensor, "F D"], b: Float[Tensor, " F"]) -> Float[Tensor, "N F"]:
+def affine(
+    x: Float[Tensor, "N M"], W: Float[Tensor, "F M"], b: Float[Tensor, " F"] | None = None
+) -> Float[Tensor, "N F"]:
     """x @ W.T + b, differentiable.
 
     In fp32 on a CPU by oneDNN, which PyTorch itself uses below fp32 only: MKL, its choice for fp32, leaves half of an

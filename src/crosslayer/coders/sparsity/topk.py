@@ -1,7 +1,7 @@
 """The k largest of every token, exactly, at a fraction of what `torch.topk` costs on wide rows.
 
 Axes: N tokens, S source layers, F features, C candidates. On a CPU numpy compares, searches and partitions: it is
-several times faster at that than torch (`benchmarks/kernels.py`).
+several times faster at that than torch (`benchmarks/sparse_products.py`).
 """
 
 from itertools import pairwise

@@ -8,11 +8,13 @@ one. `gemm` gets its dense codes for nothing.
 
 import time
 import warnings
-from argparse import ArgumentParser
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import torch
+from machine import keep, machine
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -116,20 +118,12 @@ def row(product: str, width: int, density: float, times: dict[str, float]) -> st
     return f"| {product} | {width} | {100 * density:g} % | " + " | ".join(cells) + " |"
 
 
-def main() -> None:
-    """Print the table as Markdown."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--features", type=int, default=2048)
-    parser.add_argument("--widths", type=int, nargs="+", default=[256, 1536])
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.001, 0.004, 0.016, 0.06, 0.25])
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
-    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-    torch.manual_seed(0)
-    print(f"{args.tokens} tokens, {args.features} features, {torch.get_num_threads()} threads, {args.device}; ms\n")
-    print("| product | width K | active | bag | csr | gemm |\n|---|---:|---:|---:|---:|---:|")
+def table(args: Namespace) -> Iterator[str]:
+    """The lines of the table, as they are measured."""
+    yield f"# Products of sparse codes, {datetime.now(UTC).date()}\n"
+    yield machine(args.device)
+    yield f"{args.tokens:,} tokens, {args.features:,} features; milliseconds.\n"
+    yield "| product | width K | active | bag | csr | gemm |\n|---|---:|---:|---:|---:|---:|"
     for width in args.widths:
         W = torch.randn(args.features, width, device=args.device)
         grad = torch.randn(args.tokens, width, device=args.device)
@@ -141,7 +135,30 @@ def main() -> None:
                 "dvalues": dot_kernels(codes, grad, W),
             }
             for product, kernels in products.items():
-                print(row(product, width, density, least_times(kernels, args.rounds, args.device)), flush=True)
+                yield row(product, width, density, least_times(kernels, args.rounds, args.device))
+
+
+def main() -> None:
+    """Print the table as Markdown, and keep it where asked to."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--features", type=int, default=2048)
+    parser.add_argument("--widths", type=int, nargs="+", default=[256, 1536])
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.001, 0.004, 0.016, 0.06, 0.25])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--keep", action="store_true", help="write benchmarks/results/DATE-sparse-products-DEVICE.md")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    lines = []
+    for line in table(args):
+        lines.append(line)
+        print(line, flush=True)
+    if args.keep:
+        keep("sparse-products", args.device, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
