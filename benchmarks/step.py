@@ -2,19 +2,21 @@
 
 Synthetic activations lie in memory; AuxK, dead-feature counts, gradient checks and metrics are on, as in a training.
 The floor is the encoder's forward product and one pass of Adam over all parameters, measured in the same rounds. CPU
-seconds are summed over threads; on a GPU wall seconds are taken. `--peer` adds EleutherAI's own trainer from a
-checkout of theirs, run by an interpreter that has what it needs (`benchmarks/peers/eleuther.py` says how).
+seconds are summed over threads; on a GPU wall seconds are taken. `--peer` adds another trainer from a checkout of
+its repository, run by an interpreter that has what it needs; the scripts in `benchmarks/peers` say what that is.
 
     python benchmarks/step.py --case F2048 F8192 --precision fp32 bf16 --keep
+    python benchmarks/step.py --peer eleuther=CHECKOUT --peer openmoss=CHECKOUT --peer-python ENV/bin/python
 """
 
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -58,6 +60,8 @@ CASES = {
     "gpt2-small": Case(12, 768, 24_576, 4096, 192),
     "smollm2": Case(30, 576, 1024, 4096, 240),
 }
+PEER_CASES = ("F2048", "F8192")
+"""Those that the scripts in `benchmarks/peers` know."""
 SPARSITIES: dict[str, Callable[[int], Any]] = {
     "joint-topk": lambda k: xl.JointTopK(k, anneal_share=0.0),
     "batch-topk": lambda k: xl.BatchTopK(k, anneal_share=0.0),
@@ -203,24 +207,54 @@ def peak_mib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def peer(name: str, args: Namespace) -> dict[str, Any] | None:
-    """EleutherAI's trainer on the same sizes, in a process of its own."""
-    if args.peer is None or name not in ("F2048", "F8192"):
-        return None
-    command = [args.peer_python, HERE / "peers" / "eleuther.py", "--peer", args.peer, "--case", name]
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
+def peer(script: str, checkout: str, name: str, args: Namespace) -> dict[str, Any]:
+    """Another trainer on the same sizes, on one thread, in a process of its own."""
+    command = [args.peer_python, HERE / "peers" / f"{script}.py", "--peer", checkout, "--case", name]
+    command += ["--steps", args.steps]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{script}: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def report(name: str, case: Case, precision: str, sparsity: str, found: dict[str, Any], other: Any) -> str:
+def peer_checkout(text: str) -> tuple[str, str]:
+    """A peer's script and where its checkout lies, from NAME=CHECKOUT."""
+    script, _, checkout = text.partition("=")
+    known = [path.stem for path in (HERE / "peers").glob("*.py") if path.stem != "common"]
+    if script not in known or not checkout:
+        raise ArgumentTypeError(f"{text!r} is no NAME=CHECKOUT with a NAME of {', '.join(sorted(known))}")
+    return script, checkout
+
+
+def comparison(ours: dict[str, dict[str, Any]], others: list[dict[str, Any]]) -> str:
+    """The trainers of one case in the same run as Markdown: by median step."""
+    factors = [f"{precision} here" for precision in ours]
+    lines = [
+        f"| trainer | tokens / CPU s | {' | '.join(factors)} | peak MiB | |",
+        f"|---|---|{'---|' * len(ours)}---|---|",
+    ]
+    rows = [
+        (f"crosslayer, {name}", f["tokens_per_second"], f["peak_mib"], "AuxK, counts, checks")
+        for name, f in ours.items()
+    ]
+    for other in others:
+        rate = other["tokens_per_step"] / other["median_step_cpu_seconds"]
+        rows.append((f"{other['peer']} at {other['commit'][:7]}", rate, other["peak_rss_mib"], other["settings"]))
+    for name, rate, peak, about in rows:
+        ratios = " | ".join(f"{found['tokens_per_second'] / rate:.2f} x" for found in ours.values())
+        lines.append(f"| {name} | {rate:,.0f} | {ratios} | {peak:,.0f} | {about} |")
+    return "\n".join(lines) + "\n"
+
+
+def report(name: str, case: Case, precision: str, sparsity: str, found: dict[str, Any]) -> str:
     """One case as Markdown."""
     lines = [
         f"### {name}: L {case.L}, D {case.D}, F {case.F:,}, k {case.k}, {case.N:,} tokens; {sparsity}, {precision}",
         "",
         f"**{found['tokens_per_second']:,.0f} tokens/s**, {found['step'] * 1e3:.0f} ms a step, "
         f"{found['step'] / found['floor']:.1f} x the floor ({found['floor'] * 1e3:.0f} ms), "
-        f"peak {found['peak_mib']:,.0f} MiB"
-        + (f"; EleutherAI in the same run: {other['tokens_per_cpu_second']:,.0f} tokens/s" if other else ""),
+        f"peak {found['peak_mib']:,.0f} MiB",
         "",
         "| part | ms a step | share |",
         "|---|---|---|",
@@ -240,18 +274,31 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--peer", help="checkout of EleutherAI/clt-training")
-    parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has its requirements")
+    parser.add_argument(
+        "--peer",
+        type=peer_checkout,
+        action="append",
+        default=[],
+        metavar="NAME=CHECKOUT",
+        help="another trainer, by its script in benchmarks/peers; may be given several times",
+    )
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has the peers' requirements")
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results/DATE-step.md")
     args = parser.parse_args()
+    if args.peer and (args.device != "cpu" or args.threads != 1):
+        parser.error("peers run on one CPU thread; add --device cpu --threads 1")
     torch.set_num_threads(args.threads)
     parts = [f"# Training step, {datetime.now(UTC).date()}\n\n{machine(args.device)}\n"]
     for name in args.case:
+        ours = {}
         for precision in args.precision:
-            other = peer(name, args)
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-                found = fresh.submit(measure, CASES[name], args, precision).result()
-            parts.append(report(name, CASES[name], precision, args.sparsity, found, other))
+                ours[precision] = fresh.submit(measure, CASES[name], args, precision).result()
+            parts.append(report(name, CASES[name], precision, args.sparsity, ours[precision]))
+            print(parts[-1], flush=True)
+        if args.peer and name in PEER_CASES:
+            others = [peer(script, checkout, name, args) for script, checkout in args.peer]
+            parts.append(comparison(ours, others))
             print(parts[-1], flush=True)
     if args.keep:
         keep("step", args.device, "\n".join(parts))

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +18,12 @@ from crosslayer.demo import DEFAULT_TOKENS, MODEL, run_demo
 from crosslayer.eleuther_options import translate
 from crosslayer.errors import UserError
 from crosslayer.evaluation import evaluate as run_evaluation
-from crosslayer.files import claim_folder, write_json, write_text
+from crosslayer.files import check_folder, claim_folder, write_json, write_text
 from crosslayer.formats import (
     read_circuit_tracer,
     read_eleuther,
     read_gemma_scope,
+    read_layered_plt,
     write_circuit_tracer,
     write_eleuther,
 )
@@ -30,7 +32,15 @@ from crosslayer.options import TrainOptions
 from crosslayer.planning import estimate
 from crosslayer.replacement.model import ReplacementModel
 from crosslayer.replacement.model import generate as run_generation
-from crosslayer.report import comparison_table, cost_table, evaluation_table, inspection, side_by_side, write_report
+from crosslayer.report import (
+    comparison_table,
+    cost_table,
+    evaluation_table,
+    inspection,
+    remarks,
+    side_by_side,
+    write_report,
+)
 from crosslayer.wiring import Wiring
 from crosslayer.workflow import RUN_FILES, adopt
 from crosslayer.workflow import train as run_training
@@ -39,6 +49,7 @@ READERS: dict[str, Any] = {
     "eleuther": read_eleuther,
     "circuit-tracer": read_circuit_tracer,
     "gemma-scope": read_gemma_scope,
+    "layered-plt": read_layered_plt,
 }
 WRITERS: dict[str, Any] = {"eleuther": write_eleuther, "circuit-tracer": write_circuit_tracer}
 
@@ -127,7 +138,7 @@ def evaluate(
     result = run_evaluation(loaded, coder, _held_out(loaded, data, images, prompts))
     if json is not None:
         write_text(json, result.to_json() + "\n")
-    print(evaluation_table(result))
+    print("\n".join([*remarks(coder), evaluation_table(result)]))
 
 
 def generate(
@@ -158,10 +169,34 @@ def import_(
     out: Annotated[Path, arg(help="Folder of the run to write.")],
     model: Annotated[str | None, arg(help="Model it is of; its writes at first positions are measured.")] = None,
     data: Annotated[str | None, arg(help="Data to measure that on.")] = None,
+    read: Annotated[
+        str | None, arg(help="Site that was read, resid or mlp_in, where it is not what the format says.")
+    ] = None,
+    names: Annotated[
+        tuple[str, str, str] | None,
+        arg(help="layered-plt: what LayerNorm, encoder and decoder are called; enc.0 enc.1 dec by default."),
+    ] = None,
+    target_offset: Annotated[
+        int | None,
+        arg(help="layered-plt: file l reads layer l and writes to the MLP of layer l + 1 (1, the default) or l (0)."),
+    ] = None,
+    unwritten: Annotated[
+        str | None,
+        arg(help="layered-plt: a layer that no file writes to can keep its own MLP (keep, the default) or write zero."),
+    ] = None,
+    norm_eps: Annotated[float | None, arg(help="layered-plt: eps of the LayerNorms, 1e-5 by default.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn transcoders trained elsewhere into a run that every verb takes."""
-    coder = _format(READERS, format)(source)
+    """Turn transcoders trained elsewhere into a run that every verb takes.
+
+    layered-plt: one PyTorch state dict (or safetensors file) a layer, of LayerNorm, linear encoder, ReLU and linear
+    decoder; the number in a file's name is its layer's.
+    """
+    reader = _format(READERS, format)
+    check_folder(out, overwrite)
+    settings = {"read": read, "names": names, "target_offset": target_offset}
+    settings |= {"unwritten": unwritten, "norm_eps": norm_eps}
+    coder = reader(source, **_settings_of(reader, format, settings))
     if (model is None) != (data is None):
         raise UserError("give --model and --data together, or neither")
     if model is not None and data is not None:
@@ -169,7 +204,8 @@ def import_(
         adopt(loaded, load_data(data, model=loaded), coder)
     claim_folder(out, overwrite, RUN_FILES)
     coder.save(out)
-    print(f"{out}: {coder.wiring.n_layers} layers of {coder.d_transcoder:,} features\nnext: crosslayer evaluate {out}")
+    sizes = f"{out}: {coder.wiring.n_layers} layers of {coder.d_transcoder:,} features"
+    print("\n".join([sizes, *remarks(coder), f"next: crosslayer evaluate {out}"]))
 
 
 def export(
@@ -232,6 +268,14 @@ def _format(formats: dict[str, Any], name: str) -> Any:
     if name not in formats:
         raise UserError(f"format is {name!r}; choose one of {', '.join(formats)}")
     return formats[name]
+
+
+def _settings_of(reader: Any, format: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were given, all of which must be this reader's."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    if foreign := given.keys() - signature(reader).parameters:
+        raise UserError(f"--{min(foreign).replace('_', '-')} is given, but {format} has no use for it; leave it out")
+    return given
 
 
 def _check_positive(**numbers: int) -> None:

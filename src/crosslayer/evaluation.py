@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from math import nan
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class LayerFigures:
     """Reconstruction at one layer, on the original model's activations."""
 
     fvu: Figure
-    """Of the layer as a target."""
+    """Of the layer as a target; NaN where its own MLP is kept."""
     l0: Figure
     """Active features a token of the layer as a source."""
     dead_fraction: float
@@ -72,7 +73,7 @@ class Evaluation:
     verdict: str
     """`speaks`, `silent`, or what the replacement repeats when most of its continuations are degenerate."""
     fvu: Figure
-    """Mean over layers."""
+    """Mean over layers, those whose own MLP is kept left out."""
     l0: Figure
     """Active features a token, summed over layers."""
     dead_fraction: float
@@ -262,7 +263,8 @@ class _Reconstruction:
     def figures(self) -> dict:
         """The figures of `Evaluation` that concern reconstruction."""
         sums = {key: torch.cat(parts) for key, parts in self.sums.items()}
-        error, spread = sums["all", "error"], sums["all", "spread"]
+        replaced = [t for t in range(self.transcoder.wiring.n_layers) if t not in self.transcoder.kept_layers]
+        error, spread = sums["all", "error"][:, replaced], sums["all", "spread"][:, replaced]
         weights = spread.sum(0)
         dead = self.fired["all"] == 0
         return {
@@ -274,13 +276,15 @@ class _Reconstruction:
 
     def _layers(self, name: str, sums: dict[tuple[str, str], Tensor]) -> list[LayerFigures]:
         sources, tokens = self.transcoder.sources, sums[name, "tokens"][:, 0]
-        nothing = Figure(0.0, 0.0, 0.0)
+        nothing, unmeasured = Figure(0.0, 0.0, 0.0), Figure(nan, nan, nan)
         figures = []
         for layer in range(self.transcoder.wiring.n_layers):
             source = sources.index(layer) if layer in sources else None
             figures.append(
                 LayerFigures(
-                    metrics.ratio(sums[name, "error"][:, layer], sums[name, "spread"][:, layer]),
+                    unmeasured
+                    if layer in self.transcoder.kept_layers
+                    else metrics.ratio(sums[name, "error"][:, layer], sums[name, "spread"][:, layer]),
                     nothing if source is None else metrics.ratio(sums[name, "active"][:, source], tokens),
                     0.0 if source is None else (self.fired[name][source] == 0).float().mean().item(),
                 )

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import EngFormatter
 from PIL import Image
 
+from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.demo import Arm, DemoResult
 from crosslayer.evaluation import Evaluation
 from crosslayer.files import write_text
@@ -124,6 +125,19 @@ def evaluation_table(result: Evaluation) -> str:
     return f"{head}\n\n{table(['', 'value', '95 % interval'], rows)}\n\n{_layers_table(result)}"
 
 
+def remarks(coder: CrossLayerTranscoder) -> list[str]:
+    """What to know of a transcoder beside its figures: a norm of its own, layers without features or writers."""
+    lines = [] if coder.input_norm is None else [f"encoders read x through a {coder.input_norm}"]
+    for layer in range(coder.wiring.n_layers):
+        if layer not in coder.sources:
+            lines.append(f"layer {layer}: has no features")
+        if not coder.wiring.n_sources(layer):
+            bias = "its bias" if coder.b_dec[layer].any() else "zero"
+            instead = "its original MLP is kept" if layer in coder.kept_layers else f"{bias} is written"
+            lines.append(f"layer {layer}: no feature writes to it; {instead}")
+    return lines
+
+
 def inspection(model: LoadedModel, wiring: Wiring) -> str:
     """A model's sites, sizes and self-test for a terminal."""
     config = model.model.config.get_text_config()
@@ -205,7 +219,8 @@ def _layers_table(result: Evaluation) -> str:
 
 def _layer_cells(result: Evaluation, modality: str, layer: int) -> list[str]:
     figures = result.layers[modality][layer]
-    return [f"{figures.fvu.value:.4f}", f"{figures.l0.value:.1f}", f"{figures.dead_fraction:.0%}"]
+    fvu = figures.fvu.value
+    return ["-" if isnan(fvu) else f"{fvu:.4f}", f"{figures.l0.value:.1f}", f"{figures.dead_fraction:.0%}"]
 
 
 def _svg(draw: Callable[[Axes], None]) -> str:

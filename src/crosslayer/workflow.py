@@ -85,8 +85,8 @@ def adopt(model: LoadedModel, data: Sequence[Example], coder: CrossLayerTranscod
     Raises:
         UserError: when the model has another shape.
     """
-    coder.provenance = replace(coder.provenance, model_id=model.id, revision=model.revision)
     ReplacementModel(model, coder)  # refuses one of another shape
+    coder.provenance = replace(coder.provenance, model_id=model.id, revision=model.revision)
     coder.first_write.copy_(estimate_scales(ModelSource(model, data).chunk(SCALE_CHUNK)).first_write)
     return coder
 

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from crosslayer.coders.checkpoint import check_tensors, read_run, write_run
 from crosslayer.coders.codes import Codes
 from crosslayer.coders.decoders import Decoder, Full, read_decoder, write_decoder
+from crosslayer.coders.input_norm import InputNorm, read_norm, write_norm
 from crosslayer.coders.products import affine
 from crosslayer.coders.sparsity import (
     BatchTopK,
@@ -71,6 +72,9 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         sparsity: which features count as active.
         decoder: how write vectors are stored and shared.
         skip: which layer's x is passed on linearly to which layers' writes; None for no skip connection.
+        input_norm: what x passes before the encoders read it; None for x itself. Skip connections pass x itself on.
+        kept_layers: layers that no source writes to and whose own MLP stays in a replacement model; the others of
+            that kind are written their bias.
 
     Raises:
         UserError: for parts that do not go together, naming them.
@@ -90,15 +94,20 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         sparsity: Sparsity,
         decoder: Decoder | None = None,
         skip: Wiring | None = None,
+        input_norm: InputNorm | None = None,
+        kept_layers: Sequence[int] = (),
     ):
         super().__init__()
         if d_transcoder < 1:
             raise UserError(f"d_transcoder is {d_transcoder}; choose at least 1 feature a layer")
         if skip is not None and skip.n_layers != wiring.n_layers:
             raise UserError(f"the skip connection is for {skip.n_layers} layers, the wiring for {wiring.n_layers}")
+        if written := [t for t in kept_layers if t not in range(wiring.n_layers) or wiring.n_sources(t)]:
+            raise UserError(f"kept_layers names layer {written[0]}; only one that no source writes to can keep its MLP")
         sparsity.check(len(wiring.source_layers), d_transcoder)
         self.wiring, self.d_model, self.d_transcoder, self.sparsity = wiring, d_model, d_transcoder, sparsity
         self.skip, self.sources = skip, wiring.source_layers
+        self.input_norm, self.kept_layers = input_norm, tuple(kept_layers)
         self.provenance = Provenance()
         F, L, D = d_transcoder, wiring.n_layers, d_model
         self.W_enc = nn.ParameterList(torch.zeros(F, D) for _ in self.sources)
@@ -182,6 +191,8 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         self, source: int, x: Float[Tensor, "N D"], progress: float
     ) -> tuple[Float[Tensor, "N F"], Codes]:
         """Pre-activations and codes of one source layer alone, under the sparsity in force, with gradients."""
+        if self.input_norm is not None:
+            x = self.input_norm(x)
         if self.input_scale is not None:
             x = x / self.input_scale[source]
         return self.sparsity_at(progress).encode_layer(self, self.sources.index(source), x)
@@ -191,7 +202,9 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         return self.sparsity.at(progress) if self.thresholds is None else Thresholds(self.thresholds)
 
     def scaled(self, x: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
-        """What layers read, in the coder's own units; in memory, each layer in one piece."""
+        """What encoders read, normalised and in the coder's own units; in memory, each layer in one piece."""
+        if self.input_norm is not None:
+            x = self.input_norm(x)
         if self.input_scale is None:
             return x
         return (x.transpose(0, 1).contiguous() / self.input_scale[:, None, None]).transpose(0, 1)
@@ -248,6 +261,8 @@ class CrossLayerTranscoder(nn.Module, Encoder):
     @torch.no_grad()
     def unfold(self, input_scale: Float[Tensor, " L"], output_scale: Float[Tensor, " L"]) -> "CrossLayerTranscoder":
         """Take, in place, scales out of the weights: the same function, to be trained in units of norm sqrt(D)."""
+        if self.input_norm is not None:
+            input_scale = torch.ones_like(input_scale)  # what was normalised has that norm already
         self._multiply(1 / input_scale, 1 / output_scale)
         self.input_scale, self.output_scale = input_scale.clone(), output_scale.clone()
         return self
@@ -299,6 +314,8 @@ class CrossLayerTranscoder(nn.Module, Encoder):
             read_sparsity(config["sparsity"]),
             read_decoder(config.get("decoder", {"kind": "full"})),
             None if skip is None else Wiring(**skip),
+            read_norm(config.get("input_norm")),
+            config.get("kept_layers", ()),
         )
         coder.provenance = Provenance(**config["provenance"])
         if isinstance(coder.sparsity, JumpReLU):
@@ -313,6 +330,8 @@ class CrossLayerTranscoder(nn.Module, Encoder):
             "sparsity": write_sparsity(self.sparsity),
             "decoder": write_decoder(self.decoder.settings),
             "skip": None if self.skip is None else asdict(self.skip),
+            "input_norm": write_norm(self.input_norm),
+            "kept_layers": self.kept_layers,
             "provenance": asdict(self.provenance),
         }
 

@@ -80,5 +80,9 @@ def check_export(coder: CrossLayerTranscoder) -> None:
     """
     if coder.input_scale is not None:
         raise UserError("this transcoder is still in training, with scales of its own; fold them before exporting it")
+    if coder.input_norm is not None:
+        raise UserError(f"this transcoder reads x through a {coder.input_norm}, which this format has no place for")
+    if coder.kept_layers:
+        raise UserError(f"this transcoder keeps the MLP of layer {coder.kept_layers[0]}, which this format cannot say")
     if getattr(coder.decoder.settings, "topk_coalesced", None) is not None:
         raise UserError("topk_coalesced makes a target choose among features, which this format has no place for")

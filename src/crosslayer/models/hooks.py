@@ -1,6 +1,6 @@
 """Reading and replacing at the sites of a stock Hugging Face model. Whatever is put on a model is taken off again."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -44,11 +44,12 @@ def watching(modules: Sequence[nn.Module], on_output: OnRead) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(sites: Sites, write: Write) -> Iterator[None]:
-    """Use `write(layer)` for every MLP's output; the MLPs themselves are not computed."""
+def replacing(sites: Sites, write: Write, kept: Collection[int] = ()) -> Iterator[None]:
+    """Use `write(layer)` for every MLP's output but those of the layers kept; the MLPs themselves are not computed."""
     with ExitStack() as stack:
         for index, site in enumerate(sites.layers):
-            stack.enter_context(_forward(site.mlp, lambda *_, i=index, **__: write(i)))
+            if index not in kept:
+                stack.enter_context(_forward(site.mlp, lambda *_, i=index, **__: write(i)))
         yield
 
 

@@ -26,7 +26,7 @@ class ReplacementModel:
     write to later layers is kept, and each MLP's output is the sum of what all its sources wrote. A token's features
     depend on that token's stream alone, so the KV cache works as it is. A prompt's first position has no features: it
     gets its mean write (see `CrossLayerTranscoder.first_write`). The transcoder keeps its own precision, whatever the
-    model's.
+    model's. The MLPs of its `kept_layers` stay.
 
     Raises:
         UserError: when the transcoder was trained on a model of another shape or at another site.
@@ -48,7 +48,7 @@ class ReplacementModel:
         with (
             before_forward(self.model.model, writes.start),
             reading(sites, writes.read),
-            replacing(sites, writes.write),
+            replacing(sites, writes.write, self.transcoder.kept_layers),
         ):
             yield
 
