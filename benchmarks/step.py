@@ -62,6 +62,8 @@ CASES = {
 }
 PEER_CASES = ("F2048", "F8192")
 """Those that the scripts in `benchmarks/peers` know."""
+PEER_MEMORY = {"own": {}, "kept": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}}
+"""Environments for peers; the second has glibc do for them what `crosslayer.memory` has it do for ours."""
 SPARSITIES: dict[str, Callable[[int], Any]] = {
     "joint-topk": lambda k: xl.JointTopK(k, anneal_share=0.0),
     "batch-topk": lambda k: xl.BatchTopK(k, anneal_share=0.0),
@@ -207,23 +209,23 @@ def peak_mib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def peer(script: str, checkout: str, name: str, args: Namespace) -> dict[str, Any]:
+def peer(script: str, checkout: str, memory: str, name: str, args: Namespace) -> dict[str, Any]:
     """Another trainer on the same sizes, on one thread, in a process of its own."""
     command = [args.peer_python, HERE / "peers" / f"{script}.py", "--peer", checkout, "--case", name]
     command += ["--steps", args.steps]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **PEER_MEMORY[memory], "OMP_NUM_THREADS": "1"}
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{script}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return {**json.loads(done.stdout.strip().splitlines()[-1]), "memory": memory}
 
 
 def peer_checkout(text: str) -> tuple[str, str]:
     """A peer's script and where its checkout lies, from NAME=CHECKOUT."""
     script, _, checkout = text.partition("=")
     known = [path.stem for path in (HERE / "peers").glob("*.py") if path.stem != "common"]
-    if script not in known or not checkout:
-        raise ArgumentTypeError(f"{text!r} is no NAME=CHECKOUT with a NAME of {', '.join(sorted(known))}")
+    if script not in known or not Path(checkout).is_dir() or not checkout:
+        raise ArgumentTypeError(f"{text!r} is no NAME=FOLDER with a NAME of {', '.join(sorted(known))}")
     return script, checkout
 
 
@@ -240,7 +242,8 @@ def comparison(ours: dict[str, dict[str, Any]], others: list[dict[str, Any]]) ->
     ]
     for other in others:
         rate = other["tokens_per_step"] / other["median_step_cpu_seconds"]
-        rows.append((f"{other['peer']} at {other['commit'][:7]}", rate, other["peak_rss_mib"], other["settings"]))
+        kept = "" if other["memory"] == "own" else ", freed memory kept"
+        rows.append((f"{other['peer']} at {other['commit'][:7]}{kept}", rate, other["peak_rss_mib"], other["settings"]))
     for name, rate, peak, about in rows:
         ratios = " | ".join(f"{found['tokens_per_second'] / rate:.2f} x" for found in ours.values())
         lines.append(f"| {name} | {rate:,.0f} | {ratios} | {peak:,.0f} | {about} |")
@@ -282,6 +285,13 @@ def main() -> None:
         metavar="NAME=CHECKOUT",
         help="another trainer, by its script in benchmarks/peers; may be given several times",
     )
+    parser.add_argument(
+        "--peer-memory",
+        nargs="+",
+        choices=PEER_MEMORY,
+        default=["own"],
+        help="peers as they come (own), or keeping freed memory as ours does (kept), which is faster",
+    )
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has the peers' requirements")
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results/DATE-step.md")
     args = parser.parse_args()
@@ -297,7 +307,7 @@ def main() -> None:
             parts.append(report(name, CASES[name], precision, args.sparsity, ours[precision]))
             print(parts[-1], flush=True)
         if args.peer and name in PEER_CASES:
-            others = [peer(script, checkout, name, args) for script, checkout in args.peer]
+            others = [peer(*chosen, memory, name, args) for chosen in args.peer for memory in args.peer_memory]
             parts.append(comparison(ours, others))
             print(parts[-1], flush=True)
     if args.keep:

@@ -63,18 +63,17 @@ def read_layered_plt(
         raise UserError(f"unwritten is {unwritten!r}; choose one of {', '.join(UNWRITTEN)}")
     if target_offset not in (0, 1):
         raise UserError(f"target_offset is {target_offset}; choose 0 (a layer's own MLP) or 1 (the next layer's)")
-    files = _files(path)
+    site, files = check_read(read), _files(path)
     wiring = Wiring(len(files) + target_offset, 1, target_offset)
     kept = [t for t in range(wiring.n_layers) if unwritten == "keep" and not wiring.n_sources(t)]
-    first = _read(files[0])
-    shapes = _shapes(files[0], first, names)
+    shapes = _shapes(files[0], _read(files[0]), names)
     F, D = shapes[f"{names[1]}.weight"]
     coder = CrossLayerTranscoder(wiring, D, F, ReLU(), input_norm=LayerNorm(norm_eps), kept_layers=kept)
     for i, file in enumerate(files):
-        tensors = first if i == 0 else _read(file)
+        tensors = _read(file)
         with _naming(tensors):
             _fill(coder, i, checked(file, tensors, shapes), names)
-    coder.provenance = Provenance(read=check_read(read))
+    coder.provenance = Provenance(read=site)
     return coder
 
 
@@ -100,7 +99,7 @@ def _layers(files: Sequence[Path]) -> list[int]:
     rows = [[int(digits) for digits in re.findall(r"\d+", file.stem)] for file in files]
     for file, row in zip(files, rows, strict=True):
         if not row or len(row) != len(rows[0]):
-            raise UserError(f"{file}: its name should hold its layer's number, and else what {files[0].name} holds")
+            raise UserError(f"{file}: its name should hold its layer's number, and as many as {files[0].name} in all")
     columns = list(zip(*rows, strict=True))
     differing = [column for column in columns if len(set(column)) > 1] or columns
     if len(differing) > 1:
@@ -148,10 +147,8 @@ def _naming(tensors: dict[str, Tensor]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        held = ", ".join(tensors)
-        raise UserError(
-            f"{error}; it holds {held}: say with --names what LayerNorm, encoder and decoder are called"
-        ) from None
+        held = ", ".join(list(tensors)[:8])
+        raise UserError(f"{error}; it holds {held} (--names says which are LayerNorm, encoder and decoder)") from None
 
 
 def _fill(coder: CrossLayerTranscoder, i: int, tensors: dict[str, Tensor], names: Sequence[str]) -> None:
