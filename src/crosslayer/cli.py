@@ -1,15 +1,20 @@
 """The command line: one subcommand per verb, each of which parses, calls and prints."""
 
 import os
+import re
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import huggingface_hub
 import transformers
 import tyro
 from tyro.conf import Positional, arg
 
+from crosslayer.activations.store import Store
+from crosslayer.activations.to_store import capture_to_store
+from crosslayer.activations.writer import SHARD_BYTES
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Example, Examples, open_image
 from crosslayer.data.load import EMOJI_SCENES, load_data
@@ -30,9 +35,17 @@ from crosslayer.options import TrainOptions
 from crosslayer.planning import estimate
 from crosslayer.replacement.model import ReplacementModel
 from crosslayer.replacement.model import generate as run_generation
-from crosslayer.report import comparison_table, cost_table, evaluation_table, inspection, side_by_side, write_report
+from crosslayer.report import (
+    comparison_table,
+    cost_table,
+    evaluation_table,
+    inspection,
+    side_by_side,
+    store_table,
+    write_report,
+)
 from crosslayer.wiring import Wiring
-from crosslayer.workflow import RUN_FILES, adopt
+from crosslayer.workflow import RUN_FILES, adopt, train_from_store
 from crosslayer.workflow import train as run_training
 
 READERS: dict[str, Any] = {
@@ -89,27 +102,77 @@ def inspect(
 
 
 def train(options: Annotated[TrainOptions, arg(name="")]) -> None:
-    """Train a transcoder on a model's activations; Ctrl-C keeps a state that --resume goes on from.
+    """Train a transcoder on activations, captured from DATA on the way or kept in a store; --resume goes on.
 
     EleutherAI's option names (--cross_layer, --coalesce_topk, ...) work too.
     """
-    loaded = load_model(options.model, revision=options.revision, read=options.read)
     start = None if options.finetune is None else CrossLayerTranscoder.load(options.finetune)
-    configs = [options.config(loaded.n_layers, start, seed) for seed in options.seed]
-    data = load_data(options.data, options.images, loaded)
-    if options.dry_run:
-        print(cost_table(estimate(loaded, data, configs[0], options.out), len(configs)))
-        return
-    for config in configs:
-        run = options.out if len(configs) == 1 else options.out / f"seed-{config.seed}"
-        coder = run_training(
-            loaded, data, config, run, start=options.finetune, resume=options.resume, overwrite=options.overwrite
-        )
+    if options.store is not None:
+        store = Store(options.store)
+        options.check_store(store.manifest)
+        run_one, n_layers = partial(train_from_store, store), store.manifest.n_layers
+    else:
+        loaded, data = _model_and_data(options)
+        run_one, n_layers = partial(run_training, loaded, data), loaded.n_layers
+        if options.dry_run:
+            config = options.config(n_layers, start, options.seed[0])
+            print(cost_table(estimate(loaded, data, config, options.out), len(options.seed)))
+            return
+    for config in [options.config(n_layers, start, seed) for seed in options.seed]:
+        run = options.out if len(options.seed) == 1 else options.out / f"seed-{config.seed}"
+        coder = run_one(config, run, start=options.finetune, resume=options.resume, overwrite=options.overwrite)
         counted = coder.provenance.training["counted"]
         print(
             f"trained on {counted['tokens']:,} tokens; left out {counted['first_left_out']:,} first positions "
             f"and {counted['outliers_left_out']:,} norm outliers\nnext: crosslayer evaluate {run}"
         )
+
+
+def capture(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, arg(help="Folder of the store.")],
+    images: Images = None,
+    tokens: Annotated[int | None, arg(help="Tokens to keep.")] = None,
+    prompts: Annotated[int | None, arg(help="Prompts to keep all tokens of; by default all of DATA once.")] = None,
+    dtype: Annotated[str, arg(help="bf16, fp32, or int8 with a scale for each token and layer.")] = "bf16",
+    layers: Annotated[str | None, arg(help="Layers to keep, as in 8-15; training needs all, the default.")] = None,
+    seed: Annotated[int, arg(help="Seed of the order of the data; train with the same to train as on the stream.")] = 0,
+    shard_mib: Annotated[int, arg(help="Size that a file does not pass, in MiB.")] = SHARD_BYTES // 2**20,
+    read: Read = "resid",
+    revision: Revision = None,
+    resume: Annotated[bool, arg(help="Go on after the last whole shard in --out.")] = False,
+    overwrite: Annotated[bool, arg(help="Replace the store that --out holds.")] = False,
+) -> None:
+    """Keep what a model's MLPs read and write on disk; the room needed is said first; resumable."""
+    loaded = load_model(model, revision=revision, read=read)
+    store = capture_to_store(
+        loaded,
+        load_data(data, images, loaded),
+        out,
+        tokens=tokens,
+        prompts=prompts,
+        dtype=dtype,
+        layers=None if layers is None else _layers(layers),
+        seed=seed,
+        shard_bytes=shard_mib * 2**20,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    print(f"{store_table(store)}\n\nnext: crosslayer train {model} --store {out} --out RUN")
+
+
+def store(
+    action: Annotated[Positional[Literal["info", "verify"]], arg(metavar="{info,verify}", help="What to do.")],
+    store: Annotated[Positional[Path], arg(metavar="STORE", help="Folder that `crosslayer capture` wrote.")],
+) -> None:
+    """Print what a store of activations holds (info), or compare every shard with its checksum (verify)."""
+    found = Store(store)
+    if action == "info":
+        print(store_table(found))
+    else:
+        found.verify()
+        print(f"{store}: all {len(found.manifest.shards):,} shards are as they were written")
 
 
 def evaluate(
@@ -187,6 +250,8 @@ def export(
 VERBS = {
     "demo": demo,
     "inspect": inspect,
+    "capture": capture,
+    "store": store,
     "train": train,
     "evaluate": evaluate,
     "generate": generate,
@@ -232,6 +297,21 @@ def _format(formats: dict[str, Any], name: str) -> Any:
     if name not in formats:
         raise UserError(f"format is {name!r}; choose one of {', '.join(formats)}")
     return formats[name]
+
+
+def _model_and_data(options: TrainOptions) -> tuple[LoadedModel, Examples]:
+    if options.data is None:
+        raise UserError("there is nothing to train on; give DATA or --store")
+    loaded = load_model(options.model, revision=options.revision, read=options.read)
+    return loaded, load_data(options.data, options.images, loaded)
+
+
+def _layers(text: str) -> range:
+    """`8-15` or `8`, as a range."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if not match:
+        raise UserError(f"layers are {text!r}; give them as in 8-15")
+    return range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
 def _check_positive(**numbers: int) -> None:
