@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 
-from crosslayer import CrossLayerTranscoder, cli
+from crosslayer import CrossLayerTranscoder, Example, cli, load_model
+from crosslayer.activations.capture import capture_all
+from crosslayer.models.prompts import prepare
 from crosslayer.training.trainer import Trainer
 
 
@@ -317,3 +319,25 @@ def test_training_from_a_store_that_cannot_work(run, captured, llama_folder, tmp
         other = run("train", "emoji-llava", "--store", *where, "--out", tmp_path / "run")
         check_refused(other, llama_folder, "MODEL is emoji-llava")
     assert not (tmp_path / "run").exists()
+
+
+def test_layered_batches_become_a_store(run, llama_folder, tmp_path):
+    model = load_model(llama_folder)
+    batch = prepare(model.model, model.processor, [Example("a", "a cat and a dog"), Example("b", "a dog and a cat")])
+    x, y = capture_all(model, batch)
+    for layer in range(2):
+        (tmp_path / "files" / f"L{layer}").mkdir(parents=True)
+        torch.save(x[:, :, layer].clone(), tmp_path / "files" / f"L{layer}" / "batch_0_x.pt")
+        torch.save(y[:, :, layer + 1].clone(), tmp_path / "files" / f"L{layer}" / "batch_0_y.pt")
+    command = ["import", "layered-batches", tmp_path / "files", "--out", tmp_path / "store"]
+    code, out, err = run(*command, "--model", llama_folder)
+    assert code == 0, err
+    assert "wirings with first_target 1, of any span" in out
+    code, out, _ = run(*command, "--overwrite", "--dtype", "fp32")
+    assert "none: " in out
+    assert "lacks what layer 0's MLP writes" in out
+    check_refused(run(*command), "--overwrite")
+    check_refused(
+        run(*command, "--overwrite", "--model", llama_folder, "--target-offset", 0), "--target-offset 1 it is"
+    )
+    check_refused(run("import", "eleuther", tmp_path, "--out", tmp_path / "x", "--dtype", "fp32"), "layered-batches")

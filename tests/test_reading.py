@@ -114,5 +114,7 @@ def test_other_layers_and_unfinished_captures_are_refused(store, tmp_path):
     with pytest.raises(UserError, match="is of 3 layers, the wiring is for 4"):
         source(store, wiring=Wiring.full(4))
     write_manifest(tmp_path, replace(store.manifest, finished=False))
-    with pytest.raises(UserError, match="its capture was not finished; finish it with `crosslayer capture --resume`"):
+    with pytest.raises(
+        UserError, match="is not finished; go on with `crosslayer capture --resume`, or import it again"
+    ):
         source(Store(tmp_path))

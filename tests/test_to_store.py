@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from crosslayer import Example, Store, UserError, capture
-from crosslayer.activations import to_store
+from crosslayer.activations import to_store, writer
 from crosslayer.activations.capture import ModelSource
 from crosslayer.activations.rows import IMAGE, Rows
 from crosslayer.data.load import load_data
@@ -129,7 +129,7 @@ def test_a_full_disk_leaves_a_store_to_go_on_from(llama, tmp_path):
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(to_store, "disk_room", lambda path: 300_000)
+    monkeypatch.setattr(writer, "disk_room", lambda path: 300_000)
     with pytest.raises(UserError, match=r"store: about .* for .* tokens, .* each; only 293 KiB are free: choose fewer"):
         captured(llama, tmp_path / "store")
     assert not (tmp_path / "store").exists()
@@ -137,7 +137,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(llama, t
 
 def test_the_room_that_is_said_is_about_the_room_that_is_taken(llama, tmp_path, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(to_store, "size_text", lambda n: seen.append(n) or "")
+    monkeypatch.setattr(writer, "size_text", lambda n: seen.append(n) or "")
     captured(llama, tmp_path)
     taken = sum(len(content) for name, content in files(tmp_path).items() if name.startswith("shard"))
     assert taken == pytest.approx(seen[0], rel=0.1)

@@ -12,6 +12,7 @@ import transformers
 import tyro
 from tyro.conf import Positional, arg
 
+from crosslayer.activations.from_batches import store_batches
 from crosslayer.activations.store import Store
 from crosslayer.activations.to_store import capture_to_store
 from crosslayer.activations.writer import SHARD_BYTES
@@ -22,11 +23,12 @@ from crosslayer.demo import DEFAULT_TOKENS, MODEL, run_demo
 from crosslayer.eleuther_options import translate
 from crosslayer.errors import UserError
 from crosslayer.evaluation import evaluate as run_evaluation
-from crosslayer.files import claim_folder, write_json, write_text
+from crosslayer.files import check_folder, claim_folder, write_json, write_text
 from crosslayer.formats import (
     read_circuit_tracer,
     read_eleuther,
     read_gemma_scope,
+    read_layered_batches,
     write_circuit_tracer,
     write_eleuther,
 )
@@ -48,6 +50,7 @@ from crosslayer.wiring import Wiring
 from crosslayer.workflow import RUN_FILES, adopt, train_from_store
 from crosslayer.workflow import train as run_training
 
+LAYERED_BATCHES = "layered-batches"
 READERS: dict[str, Any] = {
     "eleuther": read_eleuther,
     "circuit-tracer": read_circuit_tracer,
@@ -216,14 +219,30 @@ def generate(
 
 
 def import_(
-    format: Annotated[Positional[str], arg(metavar="FORMAT", help=f"One of {', '.join(READERS)}.")],
+    format: Annotated[Positional[str], arg(metavar="FORMAT", help=f"One of {', '.join(READERS)}, {LAYERED_BATCHES}.")],
     source: Annotated[Positional[Path], arg(metavar="SRC", help="Folder to read.")],
-    out: Annotated[Path, arg(help="Folder of the run to write.")],
+    out: Annotated[Path, arg(help="Folder of the run, or of the store, to write.")],
     model: Annotated[str | None, arg(help="Model it is of; its writes at first positions are measured.")] = None,
     data: Annotated[str | None, arg(help="Data to measure that on.")] = None,
+    target_offset: Annotated[
+        int | None, arg(help="Of layered-batches: y of folder l is the output of MLP l + this; 1 by default.")
+    ] = None,
+    dtype: Annotated[
+        str | None, arg(help="Of layered-batches: form of the store, bf16 (default), fp32 or int8.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn transcoders trained elsewhere into a run that every verb takes."""
+    """Turn transcoders trained elsewhere into a run that every verb takes, or foreign activations into a store.
+
+    layered-batches are folders L0, L1, ... of batch_{i}_x.pt and batch_{i}_y.pt, or of batch_{i}.pt with 'x' and
+    'targets'. With --model the reads and writes are proved to be its MLPs' own, and writes that are missing are
+    computed.
+    """
+    if format == LAYERED_BATCHES:
+        _import_batches(source, out, model, data, 1 if target_offset is None else target_offset, dtype, overwrite)
+        return
+    if target_offset is not None or dtype is not None:
+        raise UserError(f"--target-offset and --dtype are of {LAYERED_BATCHES}, the format is {format}; leave them out")
     coder = _format(READERS, format)(source)
     if (model is None) != (data is None):
         raise UserError("give --model and --data together, or neither")
@@ -233,6 +252,18 @@ def import_(
     claim_folder(out, overwrite, RUN_FILES)
     coder.save(out)
     print(f"{out}: {coder.wiring.n_layers} layers of {coder.d_transcoder:,} features\nnext: crosslayer evaluate {out}")
+
+
+def _import_batches(
+    source: Path, out: Path, model: str | None, data: str | None, offset: int, dtype: str | None, overwrite: bool
+) -> None:
+    if data is not None:
+        raise UserError(f"--data is given with {LAYERED_BATCHES}, which needs none; leave it out")
+    check_folder(out, overwrite)
+    batches = read_layered_batches(source, offset)
+    loaded = None if model is None else load_model(model)
+    store = store_batches(batches, out, model=loaded, dtype=dtype or "bf16", overwrite=overwrite)
+    print(f"{store_table(store)}\n\nnext: crosslayer train {model or 'MODEL'} --store {out} --out RUN")
 
 
 def export(

@@ -18,9 +18,11 @@ from matplotlib.ticker import EngFormatter
 from PIL import Image
 
 from crosslayer.activations.manifest import Manifest
+from crosslayer.activations.reading import check_trainable
 from crosslayer.activations.rows import IMAGE, UNKNOWN
 from crosslayer.activations.store import Store
 from crosslayer.demo import Arm, DemoResult
+from crosslayer.errors import UserError
 from crosslayer.evaluation import Evaluation
 from crosslayer.files import size_text, write_text
 from crosslayer.metrics import Figure
@@ -70,6 +72,7 @@ def store_table(store: Store) -> str:
         ["tokens", f"{len(store):,}, {firsts:,} first positions"],
         ["of images", "not known" if (modality == UNKNOWN).any() else f"{images:,}"],
         ["on disk", f"{size_text(size)} in {len(manifest.shards):,} shards, {size_text(manifest.row_bytes)} a token"],
+        ["trains", _trainable(store)],
         ["finished", "yes" if manifest.finished else "no: `crosslayer capture ... --resume` goes on"],
     ]
     rows += [[name, str(value)] for name, value in manifest.source.items() if value is not None]
@@ -78,6 +81,19 @@ def store_table(store: Store) -> str:
         header = ["layer", "reads off by", "writes off by"]
         lines += ["", table(header, _added_errors(manifest))]
     return "\n".join(lines)
+
+
+def _trainable(store: Store) -> str:
+    """Which wirings a training from this store can have."""
+    n, refusals = store.manifest.n_layers, []
+    for first_target in (0, 1)[:n]:
+        try:
+            check_trainable(store, Wiring.full(n, first_target))
+        except UserError as error:
+            refusals.append(str(error))
+    if not refusals:
+        return "every wiring"
+    return "wirings with first_target 1, of any span" if len(refusals) == 1 < n else f"none: {refusals[-1]}"
 
 
 def _added_errors(manifest: Manifest) -> list[list[str]]:

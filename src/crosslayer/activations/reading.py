@@ -77,7 +77,7 @@ def check_trainable(store: Store, wiring: Wiring) -> None:
     """
     manifest, path = store.manifest, store.path
     if not manifest.finished:
-        raise UserError(f"{path}: its capture was not finished; finish it with `crosslayer capture --resume`")
+        raise UserError(f"{path}: is not finished; go on with `crosslayer capture --resume`, or import it again")
     if not len(store):
         raise UserError(f"{path}: holds no rows")
     if wiring.n_layers != manifest.n_layers:

@@ -1,6 +1,5 @@
 """Capturing a data set to disk: what it needs, the rows in the stream's order, and going on after any end."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
@@ -15,16 +14,14 @@ from crosslayer.activations.manifest import MANIFEST, Manifest, check_same, read
 from crosslayer.activations.record import Activations
 from crosslayer.activations.rows import Rows
 from crosslayer.activations.store import Store
-from crosslayer.activations.writer import SHARD_BYTES, StoreWriter
+from crosslayer.activations.writer import SHARD_BYTES, STORE_FILES, StoreWriter, check_room
 from crosslayer.data.examples import Example
 from crosslayer.errors import UserError
-from crosslayer.files import check_folder, claim_folder, disk_room, size_text, sweep
+from crosslayer.files import check_folder, claim_folder, sweep
 from crosslayer.memory import keep_freed_memory
 from crosslayer.models.load import LoadedModel
 from crosslayer.models.prompts import prepare
 
-STORE_FILES = (MANIFEST, "shard-*.safetensors")
-"""What an overwritten store leaves."""
 ROOM_PROMPTS = 64
 """Prompts on which the length of all is estimated."""
 
@@ -77,7 +74,7 @@ def capture_to_store(
     )
     manifest = _to_resume(folder, asked) if resume else asked
     check_folder(folder, overwrite or resume)
-    _check_room(folder, source, manifest)
+    check_room(folder, manifest, _rows_left(source, manifest))
     if not resume:
         claim_folder(folder, overwrite, STORE_FILES)
         write_manifest(folder, manifest)
@@ -134,17 +131,12 @@ def _left(manifest: Manifest) -> int:
     return settings["prompts"] - seen
 
 
-def _check_room(folder: Path, source: ModelSource, manifest: Manifest) -> None:
-    """Say how much room the rest of a store will take, and refuse to begin where there is less."""
-    rows = _left(manifest)
-    if manifest.source["prompts"] is not None:
-        batch = prepare(source.model.model, source.model.processor, source.prompts(0, ROOM_PROMPTS))
-        rows = rows * int(batch.attention.sum()) // ROOM_PROMPTS
-    needed, free = rows * manifest.row_bytes, disk_room(folder)
-    said = f"{folder}: about {size_text(needed)} for {rows:,} tokens, {size_text(manifest.row_bytes)} each"
-    if needed > free:
-        raise UserError(f"{said}; only {size_text(free)} are free: choose fewer, --dtype int8 or another disk")
-    tqdm.write(f"{said}; {size_text(free)} are free", file=sys.stderr)
+def _rows_left(source: ModelSource, manifest: Manifest) -> int:
+    """Rows that are not in the store yet, by the mean length of a few prompts where those are what is counted."""
+    if manifest.source["prompts"] is None:
+        return _left(manifest)
+    batch = prepare(source.model.model, source.model.processor, source.prompts(0, ROOM_PROMPTS))
+    return _left(manifest) * int(batch.attention.sum()) // ROOM_PROMPTS
 
 
 def _fill(folder: Path, manifest: Manifest, source: ModelSource) -> None:

@@ -1,14 +1,20 @@
 """Adding rows to a store: whole shards, one after the other, written by a thread while the next one is filled."""
 
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from crosslayer.activations.manifest import Manifest, Shard, write_manifest
+from tqdm import tqdm
+
+from crosslayer.activations.manifest import MANIFEST, Manifest, Shard, write_manifest
 from crosslayer.activations.rows import ORIGIN, Rows
 from crosslayer.activations.store import sha256
-from crosslayer.files import write_tensors
+from crosslayer.errors import UserError
+from crosslayer.files import disk_room, size_text, write_tensors
 
+STORE_FILES = (MANIFEST, "shard-*.safetensors")
+"""What an overwritten store leaves."""
 SHARD_BYTES = 2**29
 """Size that a shard does not pass, unless one batch alone does."""
 
@@ -65,3 +71,16 @@ class StoreWriter:
         grown = [*self.manifest.shards, shard]
         self.manifest = replace(self.manifest, shards=grown, next_chunk=next_chunk, next_batch=next_batch)
         write_manifest(self.folder, self.manifest)
+
+
+def check_room(folder: Path, manifest: Manifest, rows: int) -> None:
+    """Say how much room so many more rows will take.
+
+    Raises:
+        UserError: when there is less.
+    """
+    needed, free = rows * manifest.row_bytes, disk_room(folder)
+    said = f"{folder}: about {size_text(needed)} for {rows:,} tokens, {size_text(manifest.row_bytes)} each"
+    if needed > free:
+        raise UserError(f"{said}; only {size_text(free)} are free: choose fewer, --dtype int8 or another disk")
+    tqdm.write(f"{said}; {size_text(free)} are free", file=sys.stderr)
