@@ -105,9 +105,12 @@ class ModelSource:
         """All tokens of chunk `index` but padding."""
         return Activations.concatenate(list(self.captured(index)))
 
-    def captured(self, index: int, *, skip: int = 0, dtype: torch.dtype | None = None) -> Iterator[Activations]:
-        """The same, batch by batch without the first `skip`, with x and y in `dtype` or the model's own."""
-        chosen = [self._example(n) for n in range(index * self.chunk_prompts, (index + 1) * self.chunk_prompts)]
+    def captured(
+        self, index: int, n: int | None = None, *, skip: int = 0, dtype: torch.dtype | None = None
+    ) -> Iterator[Activations]:
+        """The same, or its first n prompts, batch by batch without the first `skip`; x and y in `dtype` if given."""
+        start = index * self.chunk_prompts
+        chosen = [self._example(i) for i in range(start, start + (self.chunk_prompts if n is None else n))]
         batches = [chosen[start : start + self.batch_prompts] for start in range(0, len(chosen), self.batch_prompts)]
         for numbers, batch in one_ahead(self._prepared, batches[skip:]):
             yield _captured(self.model, batch, numbers, dtype or self.model.model.dtype)

@@ -1,12 +1,12 @@
 """Capturing a data set to disk: what it needs, the rows in the stream's order, and going on after any end."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from crosslayer.activations.capture import ModelSource
@@ -122,21 +122,14 @@ def _to_resume(folder: Path, asked: Manifest) -> Manifest:
     return kept
 
 
-def _left(manifest: Manifest) -> int:
-    """How many of what was asked for, prompts or tokens, are not in the store yet."""
+def _rows_left(source: ModelSource, manifest: Manifest) -> int:
+    """Rows that are not in the store yet, by the mean length of a few prompts where those are what is counted."""
     settings = manifest.source
     if settings["prompts"] is None:
         return settings["tokens"] - manifest.rows
     seen = manifest.next_chunk * settings["chunk_prompts"] + manifest.next_batch * settings["batch_prompts"]
-    return settings["prompts"] - seen
-
-
-def _rows_left(source: ModelSource, manifest: Manifest) -> int:
-    """Rows that are not in the store yet, by the mean length of a few prompts where those are what is counted."""
-    if manifest.source["prompts"] is None:
-        return _left(manifest)
     batch = prepare(source.model.model, source.model.processor, source.prompts(0, ROOM_PROMPTS))
-    return _left(manifest) * int(batch.attention.sum()) // ROOM_PROMPTS
+    return max(0, settings["prompts"] - seen) * int(batch.attention.sum()) // ROOM_PROMPTS
 
 
 def _fill(folder: Path, manifest: Manifest, source: ModelSource) -> None:
@@ -156,19 +149,15 @@ def _fill(folder: Path, manifest: Manifest, source: ModelSource) -> None:
 
 def _missing(source: ModelSource, manifest: Manifest) -> Iterator[tuple[int, int, Activations]]:
     """Batches of the stream after the numbers of their chunk and of themselves in it, until there are enough."""
-    left, stream = _left(manifest), _stream(source, manifest)
-    by_prompt = manifest.source["prompts"] is not None
-    while left > 0:
-        chunk, batch, part = next(stream)
-        counted = (part.position == 0 if by_prompt else torch.ones_like(part.position)).cumsum(0)
-        n = int(counted[-1])
-        yield chunk, batch, part if n <= left else part[counted <= left]
-        left -= n
-
-
-def _stream(source: ModelSource, manifest: Manifest) -> Iterator[tuple[int, int, Activations]]:
-    skip = manifest.next_batch
+    tokens, prompts = manifest.source["tokens"], manifest.source["prompts"]
+    left, skip, dtype = (tokens or sys.maxsize) - manifest.rows, manifest.next_batch, manifest.encoding.working_dtype
     for chunk in count(manifest.next_chunk):
-        parts = source.captured(chunk, skip=skip, dtype=manifest.encoding.working_dtype)
-        yield from ((chunk, batch, part) for batch, part in enumerate(parts, skip))
+        n = min(source.chunk_prompts, (prompts or sys.maxsize) - chunk * source.chunk_prompts)
+        if n <= 0 or left <= 0:
+            return
+        for batch, part in enumerate(source.captured(chunk, n, skip=skip, dtype=dtype), skip):
+            yield chunk, batch, part if len(part) <= left else part[:left]
+            left -= len(part)
+            if left <= 0:
+                return
         skip = 0
