@@ -308,7 +308,7 @@ def test_capture_options_that_cannot_work(captured, tmp_path):
         (["--read", "mlp_in", "--store"], ["'resid'", "'mlp_in'"]),
         (["--revision", "b", "--store"], ["''", "'b'"]),
         (["--loss", "kl", "--store"], ["loss is KL"]),
-        (["--dry-run", "--store"], ["dry_run"]),
+        (["--dry-run", "--store"], ["--dry-run", "DATA instead"]),
     ],
 )
 def test_training_from_a_store_that_cannot_work(run, captured, llama_folder, tmp_path, options, words):

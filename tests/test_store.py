@@ -141,6 +141,8 @@ def test_a_folder_without_a_manifest_is_no_store(tmp_path):
         UserError, match="holds no manifest.json, so it is no store; make one with `crosslayer capture`"
     ):
         Store(tmp_path)
+    with pytest.raises(UserError, match="nowhere: no such store; make one with `crosslayer capture`"):
+        Store(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(

@@ -130,9 +130,10 @@ class TrainOptions:
             asked, found = getattr(self, name) or "", getattr(store, name)
             if asked != found:
                 raise UserError(f"{self.store}: has {name} {found!r}, --{name} is {asked!r}; give the store's own")
-        for name in ("data", "images", "dry_run"):
-            if getattr(self, name):
-                raise UserError(f"{name} is {getattr(self, name)} beside a store; give DATA or --store, not both")
+        if self.data or self.images:
+            raise UserError(f"{self.data or self.images} and a store are given; give DATA or --store, not both")
+        if self.dry_run:
+            raise UserError("--dry-run prices a training with its captures; give DATA instead of --store")
 
     def config(self, n_layers: int, start: CrossLayerTranscoder | None, seed: int) -> TrainConfig:
         """The settings of one training.

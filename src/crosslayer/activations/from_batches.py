@@ -74,8 +74,7 @@ def store_batches(
 
 
 def _fill(folder: Path, manifest: Manifest, source: LayeredBatches, model: LoadedModel | None) -> None:
-    bytes_a_row = manifest.encoding.working_dtype.itemsize * manifest.d_model
-    chunk_rows = max(1, CHUNK_BYTES // (bytes_a_row * (len(manifest.x_layers) + len(manifest.y_layers))))
+    chunk_rows = max(1, CHUNK_BYTES // manifest.working_bytes)
     done = 0
     with StoreWriter(folder, manifest) as writer:
         for batch, part in enumerate(tqdm(_rows(source, manifest, model), "import", len(source), dynamic_ncols=True)):

@@ -11,8 +11,8 @@ from crosslayer.files import read_json, write_json
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
-NO_SETTINGS = ("shards", "next_chunk", "next_batch", "finished")
-"""What a growing store changes."""
+GROWING = ("shards", "next_chunk", "next_batch", "finished", "source")
+"""What a growing store changes, and the source, whose settings stand for it."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,16 @@ class Manifest:
         vectors = len(self.x_layers) + len(self.y_layers)
         return vectors * self.encoding.bytes_a_vector(self.d_model) + sum(dtype.itemsize for dtype in ORIGIN.values())
 
+    @property
+    def working_bytes(self) -> int:
+        """Room that a token's x and y take in memory."""
+        numbers = (len(self.x_layers) + len(self.y_layers)) * self.d_model
+        return numbers * self.encoding.working_dtype.itemsize
+
     def settings(self) -> dict[str, Any]:
         """What stays as it is while the store grows, by name, those of the source among them."""
-        own = {name: value for name, value in asdict(self).items() if name not in NO_SETTINGS}
-        return own | own.pop("source")
+        own = {name: value for name, value in asdict(self).items() if name not in GROWING}
+        return own | self.source
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -91,7 +97,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(f"{folder}: holds no {MANIFEST}, so it is no store; make one with `crosslayer capture`")
+        found = f"holds no {MANIFEST}, so it is no store" if folder.is_dir() else "no such store"
+        raise UserError(f"{folder}: {found}; make one with `crosslayer capture`")
     record = read_json(path)
     found = record.pop("schema_version", None) if isinstance(record, dict) else None
     if found != SCHEMA_VERSION:

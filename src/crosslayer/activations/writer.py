@@ -22,13 +22,15 @@ SHARD_BYTES = 2**29
 class StoreWriter:
     """Grows a store from where its manifest ends; used as a context.
 
-    A shard ends where the next batch would make it larger than the `shard_bytes` of the manifest's source, and at the
-    end of a chunk: that depends on the data alone, so a store that was resumed is the same as one that was not.
+    A shard ends where the next batch would make it larger, on disk or in memory, than the `shard_bytes` of the
+    manifest's source, and at the end of a chunk: that depends on the data alone, so a store that was resumed is the
+    same as one that was not.
     """
 
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder, self.manifest = folder, manifest
-        self._shard_rows = max(1, manifest.source["shard_bytes"] // manifest.row_bytes)
+        bytes_a_row = max(manifest.row_bytes, manifest.working_bytes)
+        self._shard_rows = max(1, manifest.source["shard_bytes"] // bytes_a_row)
         self._parts, self._rows, self._chunk = list[Rows](), 0, 0
         self._thread, self._writing = ThreadPoolExecutor(1), Future[None]()
         self._writing.set_result(None)
