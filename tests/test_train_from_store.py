@@ -1,7 +1,9 @@
 """Training from a store: the very weights of the stream, resumed bit for bit, and no model needed."""
 
 import json
+import shutil
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from crosslayer import (
 )
 from crosslayer.activations import to_store
 from crosslayer.activations.capture import ModelSource
+from crosslayer.activations.manifest import write_manifest
 from crosslayer.training.fit import Interrupted
 from crosslayer.training.state import METRICS
 from crosslayer.training.trainer import Trainer
@@ -124,3 +127,10 @@ def test_what_a_store_cannot_give_is_refused(stores, tmp_path):
     with pytest.raises(UserError, match="is of 3 layers, the wiring is for 4"):
         train_from_store(stores["fp32"], config(wiring=Wiring.full(4)), tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_store_that_knows_no_model_takes_the_name_given(stores, tmp_path):
+    shutil.copytree(stores["bf16"].path, tmp_path / "store")
+    write_manifest(tmp_path / "store", replace(stores["bf16"].manifest, model=""))
+    coder = train_from_store(Store(tmp_path / "store"), config(), tmp_path / "run", model_id="mine")
+    assert coder.provenance.model_id == "mine"

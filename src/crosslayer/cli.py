@@ -113,7 +113,8 @@ def train(options: Annotated[TrainOptions, arg(name="")]) -> None:
     if options.store is not None:
         store = Store(options.store)
         options.check_store(store.manifest)
-        run_one, n_layers = partial(train_from_store, store), store.manifest.n_layers
+        run_one = partial(train_from_store, store, model_id=options.model)
+        n_layers = store.manifest.n_layers
     else:
         loaded, data = _model_and_data(options)
         run_one, n_layers = partial(run_training, loaded, data), loaded.n_layers

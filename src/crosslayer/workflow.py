@@ -72,6 +72,7 @@ def train_from_store(
     config: TrainConfig,
     out: str | Path,
     *,
+    model_id: str = "",
     start: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -80,7 +81,7 @@ def train_from_store(
     """Train a transcoder on activations from disk; no language model is needed.
 
     A store of fp32 that was captured with this `config.seed` gives the weights that `train` would give, bit for bit.
-    The arguments are those of `train`.
+    `model_id` names the model where the store, an import, does not; the other arguments are those of `train`.
 
     Raises:
         UserError: as `train` does; when the store lacks what the wiring needs; for a loss that needs the model.
@@ -90,7 +91,7 @@ def train_from_store(
         raise UserError(f"the loss is {name}, which runs the model on prompts; train on data instead of a store")
     manifest = store.manifest
     source = StoreSource(store, config.wiring, config.seed, "cuda" if torch.cuda.is_available() else "cpu")
-    origin = Provenance(manifest.model, manifest.revision, manifest.read)
+    origin = Provenance(manifest.model or model_id, manifest.revision, manifest.read)
     context = {"store": manifest.shards[0].sha256, "n_rows": len(store)}
     job = _Job(source, origin, context, manifest.n_layers, manifest.d_model)
     return _run(job, config, Path(out), start, resume, overwrite, checkpoint_seconds)
