@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from crosslayer import Store, UserError, Wiring
+from crosslayer.activations import reading
 from crosslayer.activations.manifest import read_manifest, write_manifest
 from crosslayer.activations.reading import BLOCK, StoreSource
 from crosslayer.activations.record import Activations
@@ -70,6 +71,13 @@ def test_rounds_and_seeds_differ_and_repeat(store):
 
     assert order(5, 3) == order(5, 3) != order(5, 6)
     assert order(6, 0) != order(7, 0)
+
+
+def test_wide_rows_are_mixed_in_smaller_blocks(store, monkeypatch):
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 10 * store.manifest.working_bytes)
+    chunk = source(store, 6).chunk(0)
+    jumps = int((chunk.sample.diff() != 1).sum())
+    assert len(chunk) / 10 * 0.5 < jumps < len(chunk) / 10
 
 
 def test_chunks_may_be_asked_for_in_any_order(store):

@@ -12,8 +12,8 @@ from crosslayer.activations.store import Piece, Store
 from crosslayer.errors import UserError
 from crosslayer.wiring import Wiring
 
-BLOCK = 256
-"""Consecutive rows that stay together in a mixture."""
+BLOCK, BLOCK_BYTES = 256, 2**21
+"""Consecutive rows that stay together in a mixture, at most; and their bytes, which are enough to be read fast."""
 UNREAD = 1.0
 """What stands for the reads of a layer that no source reads: any number that is finite."""
 
@@ -53,10 +53,12 @@ class StoreSource:
 
     @cached_property
     def _blocks(self) -> list[Piece]:
+        manifest = self.store.manifest
+        n = max(1, min(BLOCK, BLOCK_BYTES // manifest.working_bytes))
         return [
-            Piece(i, start, min(start + BLOCK, shard.rows))
-            for i, shard in enumerate(self.store.manifest.shards)
-            for start in range(0, shard.rows, BLOCK)
+            Piece(i, start, min(start + n, shard.rows))
+            for i, shard in enumerate(manifest.shards)
+            for start in range(0, shard.rows, n)
         ]
 
     def _activations(self, rows: Rows) -> Activations:
