@@ -124,7 +124,7 @@ def activations(case: Case, n: int, device: str, seed: int) -> Activations:
     mixed = torch.randn(n, 32, generator=generator) @ mixing
     both = (mixed.view(n, case.L, 2, case.D) + 0.5 * torch.randn(n, case.L, 2, case.D, generator=generator)).to(device)
     ones = torch.ones(n, dtype=torch.long, device=device)
-    return Activations(both[:, :, 0].contiguous(), both[:, :, 1].relu().contiguous(), ones > 1, ones, ones)
+    return Activations(both[:, :, 0].contiguous(), both[:, :, 1].relu().contiguous(), ones > 1, ones, ones, ones)
 
 
 def clock_of(device: str) -> Callable[[], float]:

@@ -58,6 +58,7 @@ def random_activations(n: int, L: int, D: int, *, seed: int = 0, first_every: in
         image=places % 3 == 0,
         position=places % first_every,
         sample=places // first_every,
+        token=places % 7,
     )
 
 

@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 
-from crosslayer import CrossLayerTranscoder, cli
+from crosslayer import CrossLayerTranscoder, Example, cli, load_model
+from crosslayer.activations.capture import capture_all
+from crosslayer.models.prompts import prepare
 from crosslayer.training.trainer import Trainer
 
 
@@ -249,3 +251,93 @@ def test_a_topk_run_goes_to_eleuther_and_comes_back_to_its_model(run, train, tex
     x = torch.randn(9, 3, 32)
     torch.testing.assert_close(again(x), ours(x))
     torch.testing.assert_close(again.first_write, ours.first_write, rtol=0.2, atol=0.05)  # other chunks, other means
+
+
+@pytest.fixture
+def captured(run, llama_folder, text, tmp_path):
+    """`crosslayer capture` of the tiny Llama."""
+
+    def call(*options, out="store"):
+        return run("capture", llama_folder, text, "--out", tmp_path / out, *options)
+
+    return call
+
+
+def test_capture_info_verify_train(run, captured, llama_folder, tmp_path):
+    store = tmp_path / "store"
+    code, out, err = captured("--dtype", "int8")
+    assert code == 0, err
+    assert "about" in err
+    assert "are free" in err
+    for asked in (out, run("store", "info", store)[1]):
+        assert "reads off by" in asked
+        assert "60 first positions" in asked
+    assert "all 1 shards are as they were written" in run("store", "verify", store)[1]
+    small = ["--tokens", 400, "--batch-tokens", 100, "--d-transcoder", 16, "--k", 6]
+    code, out, err = run("train", llama_folder, "--store", store, "--out", tmp_path / "run", *small)
+    assert code == 0, err
+    assert "trained on" in out
+    assert run("generate", tmp_path / "run", "--prompt", "a cat", "--max-new-tokens", 2)[0] == 0
+
+
+def test_a_damaged_store_is_found(run, captured, tmp_path):
+    captured()
+    shard = tmp_path / "store" / "shard-000000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[5000] ^= 1
+    shard.write_bytes(content)
+    check_refused(run("store", "verify", tmp_path / "store"), "shard-000000.safetensors", "checksum")
+    check_refused(run("store", "info", tmp_path), "no store")
+
+
+def test_capture_options_that_cannot_work(captured, tmp_path):
+    check_refused(captured("--tokens", 5, "--prompts", 5), "tokens is 5 and prompts is 5")
+    check_refused(captured("--layers", "2-5"), "0 to 2")
+    check_refused(captured("--layers", "all"), "'all'", "8-15")
+    check_refused(captured("--shard-mib", 0), "shard_bytes")
+    assert not (tmp_path / "store").exists()
+    captured("--tokens", 50, "--layers", "1-2")
+    check_refused(captured("--tokens", 50, "--resume"), "x_layers", "[1, 2]", "[0, 1, 2]")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], ["nothing to train on", "DATA or --store"]),
+        (["text.txt", "--store"], ["text.txt", "not both"]),
+        (["--read", "mlp_in", "--store"], ["'resid'", "'mlp_in'"]),
+        (["--revision", "b", "--store"], ["''", "'b'"]),
+        (["--loss", "kl", "--store"], ["loss is KL"]),
+        (["--dry-run", "--store"], ["--dry-run", "DATA instead"]),
+    ],
+)
+def test_training_from_a_store_that_cannot_work(run, captured, llama_folder, tmp_path, options, words):
+    captured()
+    where = [tmp_path / "store"] if options[-1:] == ["--store"] else []
+    check_refused(run("train", llama_folder, *options, *where, "--out", tmp_path / "run"), *words)
+    if where:
+        other = run("train", "emoji-llava", "--store", *where, "--out", tmp_path / "run")
+        check_refused(other, llama_folder, "MODEL is emoji-llava")
+    assert not (tmp_path / "run").exists()
+
+
+def test_layered_batches_become_a_store(run, llama_folder, tmp_path):
+    model = load_model(llama_folder)
+    batch = prepare(model.model, model.processor, [Example("a", "a cat and a dog"), Example("b", "a dog and a cat")])
+    x, y = capture_all(model, batch)
+    for layer in range(2):
+        (tmp_path / "files" / f"L{layer}").mkdir(parents=True)
+        torch.save(x[:, :, layer].clone(), tmp_path / "files" / f"L{layer}" / "batch_0_x.pt")
+        torch.save(y[:, :, layer + 1].clone(), tmp_path / "files" / f"L{layer}" / "batch_0_y.pt")
+    command = ["import", "layered-batches", tmp_path / "files", "--out", tmp_path / "store"]
+    code, out, err = run(*command, "--model", llama_folder)
+    assert code == 0, err
+    assert "wirings with first_target 1, of any span" in out
+    code, out, _ = run(*command, "--overwrite", "--dtype", "fp32")
+    assert "none: " in out
+    assert "lacks what layer 0's MLP writes" in out
+    check_refused(run(*command), "--overwrite")
+    check_refused(
+        run(*command, "--overwrite", "--model", llama_folder, "--target-offset", 0), "--target-offset 1 it is"
+    )
+    check_refused(run("import", "eleuther", tmp_path, "--out", tmp_path / "x", "--dtype", "fp32"), "layered-batches")

@@ -5,6 +5,8 @@ import os
 # Idle OpenMP threads sleep instead of spinning: beside another busy process, spinning made a capture 12 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from crosslayer.activations.store import Store
+from crosslayer.activations.to_store import capture_to_store as capture
 from crosslayer.coders.decoders import Full, LowRank, SourceAndTargetTied, SourceTied, TargetTied
 from crosslayer.coders.sparsity import BatchTopK, GroupMax, JointTopK, JumpReLU, ReLU, TopK
 from crosslayer.coders.transcoder import CrossLayerTranscoder
@@ -19,7 +21,7 @@ from crosslayer.training.losses import FVU, KL, CrossEntropy
 from crosslayer.training.optimizers import Adam, Adam8bit, AdamW, Muon
 from crosslayer.training.revival import AuxK, DeadPenalty
 from crosslayer.wiring import Wiring
-from crosslayer.workflow import train
+from crosslayer.workflow import train, train_from_store
 
 __all__ = [
     "FVU",
@@ -45,13 +47,16 @@ __all__ = [
     "ReplacementModel",
     "SourceAndTargetTied",
     "SourceTied",
+    "Store",
     "TargetTied",
     "TopK",
     "TrainConfig",
     "UserError",
     "Wiring",
+    "capture",
     "evaluate",
     "load_data",
     "load_model",
     "train",
+    "train_from_store",
 ]

@@ -1,16 +1,22 @@
 """The command line: one subcommand per verb, each of which parses, calls and prints."""
 
 import os
+import re
 import sys
+from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import huggingface_hub
 import transformers
 import tyro
 from tyro.conf import Positional, arg
 
+from crosslayer.activations.from_batches import store_batches
+from crosslayer.activations.store import Store
+from crosslayer.activations.to_store import capture_to_store
+from crosslayer.activations.writer import SHARD_BYTES
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Example, Examples, open_image
 from crosslayer.data.load import EMOJI_SCENES, load_data
@@ -23,6 +29,7 @@ from crosslayer.formats import (
     read_circuit_tracer,
     read_eleuther,
     read_gemma_scope,
+    read_layered_batches,
     read_layered_plt,
     write_circuit_tracer,
     write_eleuther,
@@ -39,12 +46,14 @@ from crosslayer.report import (
     inspection,
     remarks,
     side_by_side,
+    store_table,
     write_report,
 )
 from crosslayer.wiring import Wiring
-from crosslayer.workflow import RUN_FILES, adopt
+from crosslayer.workflow import RUN_FILES, adopt, train_from_store
 from crosslayer.workflow import train as run_training
 
+LAYERED_BATCHES = "layered-batches"
 READERS: dict[str, Any] = {
     "eleuther": read_eleuther,
     "circuit-tracer": read_circuit_tracer,
@@ -100,27 +109,78 @@ def inspect(
 
 
 def train(options: Annotated[TrainOptions, arg(name="")]) -> None:
-    """Train a transcoder on a model's activations; Ctrl-C keeps a state that --resume goes on from.
+    """Train a transcoder on activations, captured from DATA on the way or kept in a store; --resume goes on.
 
     EleutherAI's option names (--cross_layer, --coalesce_topk, ...) work too.
     """
-    loaded = load_model(options.model, revision=options.revision, read=options.read)
     start = None if options.finetune is None else CrossLayerTranscoder.load(options.finetune)
-    configs = [options.config(loaded.n_layers, start, seed) for seed in options.seed]
-    data = load_data(options.data, options.images, loaded)
-    if options.dry_run:
-        print(cost_table(estimate(loaded, data, configs[0], options.out), len(configs)))
-        return
-    for config in configs:
-        run = options.out if len(configs) == 1 else options.out / f"seed-{config.seed}"
-        coder = run_training(
-            loaded, data, config, run, start=options.finetune, resume=options.resume, overwrite=options.overwrite
-        )
+    if options.store is not None:
+        store = Store(options.store)
+        options.check_store(store.manifest)
+        run_one = partial(train_from_store, store, model_id=options.model)
+        n_layers = store.manifest.n_layers
+    else:
+        loaded, data = _model_and_data(options)
+        run_one, n_layers = partial(run_training, loaded, data), loaded.n_layers
+        if options.dry_run:
+            config = options.config(n_layers, start, options.seed[0])
+            print(cost_table(estimate(loaded, data, config, options.out), len(options.seed)))
+            return
+    for config in [options.config(n_layers, start, seed) for seed in options.seed]:
+        run = options.out if len(options.seed) == 1 else options.out / f"seed-{config.seed}"
+        coder = run_one(config, run, start=options.finetune, resume=options.resume, overwrite=options.overwrite)
         counted = coder.provenance.training["counted"]
         print(
             f"trained on {counted['tokens']:,} tokens; left out {counted['first_left_out']:,} first positions "
             f"and {counted['outliers_left_out']:,} norm outliers\nnext: crosslayer evaluate {run}"
         )
+
+
+def capture(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, arg(help="Folder of the store.")],
+    images: Images = None,
+    tokens: Annotated[int | None, arg(help="Tokens to keep.")] = None,
+    prompts: Annotated[int | None, arg(help="Prompts to keep all tokens of; by default all of DATA once.")] = None,
+    dtype: Annotated[str, arg(help="bf16, fp32, or int8 with a scale for each token and layer.")] = "bf16",
+    layers: Annotated[str | None, arg(help="Layers to keep, as in 8-15; training needs all, the default.")] = None,
+    seed: Annotated[int, arg(help="Seed of the order of the data; train with the same to train as on the stream.")] = 0,
+    shard_mib: Annotated[int, arg(help="Size that a file does not pass, in MiB.")] = SHARD_BYTES // 2**20,
+    read: Read = "resid",
+    revision: Revision = None,
+    resume: Annotated[bool, arg(help="Go on after the last whole shard in --out.")] = False,
+    overwrite: Annotated[bool, arg(help="Replace the store that --out holds.")] = False,
+) -> None:
+    """Keep what a model's MLPs read and write on disk; the room needed is said first; resumable."""
+    loaded = load_model(model, revision=revision, read=read)
+    store = capture_to_store(
+        loaded,
+        load_data(data, images, loaded),
+        out,
+        tokens=tokens,
+        prompts=prompts,
+        dtype=dtype,
+        layers=None if layers is None else _layers(layers),
+        seed=seed,
+        shard_bytes=shard_mib * 2**20,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    print(f"{store_table(store)}\n\nnext: crosslayer train {model} --store {out} --out RUN")
+
+
+def store(
+    action: Annotated[Positional[Literal["info", "verify"]], arg(metavar="{info,verify}", help="What to do.")],
+    store: Annotated[Positional[Path], arg(metavar="STORE", help="Folder that `crosslayer capture` wrote.")],
+) -> None:
+    """Print what a store of activations holds (info), or compare every shard with its checksum (verify)."""
+    found = Store(store)
+    if action == "info":
+        print(store_table(found))
+    else:
+        found.verify()
+        print(f"{store}: all {len(found.manifest.shards):,} shards are as they were written")
 
 
 def evaluate(
@@ -164,9 +224,9 @@ def generate(
 
 
 def import_(
-    format: Annotated[Positional[str], arg(metavar="FORMAT", help=f"One of {', '.join(READERS)}.")],
+    format: Annotated[Positional[str], arg(metavar="FORMAT", help=f"One of {', '.join(READERS)}, {LAYERED_BATCHES}.")],
     source: Annotated[Positional[Path], arg(metavar="SRC", help="Folder to read.")],
-    out: Annotated[Path, arg(help="Folder of the run to write.")],
+    out: Annotated[Path, arg(help="Folder of the run, or of the store, to write.")],
     model: Annotated[str | None, arg(help="Model it is of; its writes at first positions are measured.")] = None,
     data: Annotated[str | None, arg(help="Data to measure that on.")] = None,
     read: Annotated[
@@ -178,25 +238,33 @@ def import_(
     ] = None,
     target_offset: Annotated[
         int | None,
-        arg(help="layered-plt: file l reads layer l and writes to the MLP of layer l + 1 (1, the default) or l (0)."),
+        arg(help="layered-*: what file or folder l writes is the output of MLP l + 1 (1, the default) or of l (0)."),
     ] = None,
     unwritten: Annotated[
         str | None,
         arg(help="layered-plt: a layer that no file writes to can keep its own MLP (keep, the default) or write zero."),
     ] = None,
     norm_eps: Annotated[float | None, arg(help="layered-plt: eps of the LayerNorms, 1e-5 by default.")] = None,
+    dtype: Annotated[str | None, arg(help="layered-batches: form of the store, bf16 (default), fp32 or int8.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn transcoders trained elsewhere into a run that every verb takes.
+    """Turn transcoders trained elsewhere into a run that every verb takes, or foreign activations into a store.
 
     layered-plt: one PyTorch state dict (or safetensors file) a layer, of LayerNorm, linear encoder, ReLU and linear
     decoder; the number in a file's name is its layer's.
+
+    layered-batches: folders L0, L1, ... of batch_{i}_x.pt and batch_{i}_y.pt, or of batch_{i}.pt with 'x' and
+    'targets'. With --model the reads and writes are proved to be its MLPs' own, and writes that are missing are
+    computed.
     """
-    reader = _format(READERS, format)
     check_folder(out, overwrite)
-    settings = {"read": read, "names": names, "target_offset": target_offset}
-    settings |= {"unwritten": unwritten, "norm_eps": norm_eps}
-    coder = reader(source, **_settings_of(reader, format, settings))
+    settings = {"read": read, "names": names, "target_offset": target_offset, "unwritten": unwritten}
+    settings |= {"norm_eps": norm_eps, "dtype": dtype, "data": data}
+    if format == LAYERED_BATCHES:
+        _import_batches(source, out, model, overwrite, **_settings_of(_import_batches, format, settings))
+        return
+    reader = _format(READERS, format)
+    coder = reader(source, **_settings_of(reader, format, {**settings, "data": None}))
     if (model is None) != (data is None):
         raise UserError("give --model and --data together, or neither")
     if model is not None and data is not None:
@@ -206,6 +274,15 @@ def import_(
     coder.save(out)
     sizes = f"{out}: {coder.wiring.n_layers} layers of {coder.d_transcoder:,} features"
     print("\n".join([sizes, *remarks(coder), f"next: crosslayer evaluate {out}"]))
+
+
+def _import_batches(
+    source: Path, out: Path, model: str | None, overwrite: bool, *, target_offset: int = 1, dtype: str = "bf16"
+) -> None:
+    batches = read_layered_batches(source, target_offset)
+    loaded = None if model is None else load_model(model)
+    store = store_batches(batches, out, model=loaded, dtype=dtype, overwrite=overwrite)
+    print(f"{store_table(store)}\n\nnext: crosslayer train {model or 'MODEL'} --store {out} --out RUN")
 
 
 def export(
@@ -223,6 +300,8 @@ def export(
 VERBS = {
     "demo": demo,
     "inspect": inspect,
+    "capture": capture,
+    "store": store,
     "train": train,
     "evaluate": evaluate,
     "generate": generate,
@@ -276,6 +355,21 @@ def _settings_of(reader: Any, format: str, settings: dict[str, Any]) -> dict[str
     if foreign := given.keys() - signature(reader).parameters:
         raise UserError(f"--{min(foreign).replace('_', '-')} is given, but {format} has no use for it; leave it out")
     return given
+
+
+def _model_and_data(options: TrainOptions) -> tuple[LoadedModel, Examples]:
+    if options.data is None:
+        raise UserError("there is nothing to train on; give DATA or --store")
+    loaded = load_model(options.model, revision=options.revision, read=options.read)
+    return loaded, load_data(options.data, options.images, loaded)
+
+
+def _layers(text: str) -> range:
+    """`8-15` or `8`, as a range."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if not match:
+        raise UserError(f"layers are {text!r}; give them as in 8-15")
+    return range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
 def _check_positive(**numbers: int) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -146,6 +147,21 @@ def sweep(folder: Path) -> None:
     for file in folder.iterdir():
         if _is_leaving(file):
             file.unlink(missing_ok=True)
+
+
+def disk_room(path: Path) -> int:
+    """Bytes free on the file system that `path` lies, or will lie, on."""
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def size_text(n_bytes: int) -> str:
+    """Bytes, for people to read."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = next((i for i in range(len(units)) if n_bytes < 1000 * 1024**i), len(units) - 1)
+    return f"{n_bytes / 1024**power:.3g} {units[power]}"
 
 
 def _is_leaving(file: Path) -> bool:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from crosslayer.activations.manifest import Manifest
 from crosslayer.coders.decoders import DECODERS, read_decoder
 from crosslayer.coders.sparsity import KINDS, Sparsity, read_sparsity
 from crosslayer.coders.transcoder import CrossLayerTranscoder
@@ -32,10 +33,12 @@ class TrainOptions:
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Bundled name (emoji-llava), model folder, or hub id."""
-    data: Annotated[Positional[str], arg(metavar="DATA")]
+    data: Annotated[Positional[str | None], arg(metavar="DATA")] = None
     """emoji-scenes, a text file (a line each), or JSON lines."""
     out: Path
     """Folder of the run."""
+    store: Path | None = None
+    """Captured activations to train on, instead of DATA; MODEL, which is then not loaded, must be the store's own."""
     images: Path | None = None
     """Folder that image paths in DATA are relative to; DATA's own by default."""
     tokens: int = TrainConfig.tokens
@@ -114,6 +117,23 @@ class TrainOptions:
     """What the encoders read: resid (before the MLP's norm) or mlp_in (after)."""
     revision: str | None = None
     """Revision of a hub id."""
+
+    def check_store(self, store: Manifest) -> None:
+        """Refuse a store of another model or read than the options name, and options that it has no use for.
+
+        Raises:
+            UserError: naming both values.
+        """
+        if store.model and self.model != store.model and Path(self.model).resolve() != Path(store.model).resolve():
+            raise UserError(f"{self.store}: is of {store.model}, MODEL is {self.model}; name the store's own")
+        for name in ("revision", "read"):
+            asked, found = getattr(self, name) or "", getattr(store, name)
+            if asked != found:
+                raise UserError(f"{self.store}: has {name} {found!r}, --{name} is {asked!r}; give the store's own")
+        if self.data or self.images:
+            raise UserError(f"{self.data or self.images} and a store are given; give DATA or --store, not both")
+        if self.dry_run:
+            raise UserError("--dry-run prices a training with its captures; give DATA instead of --store")
 
     def config(self, n_layers: int, start: CrossLayerTranscoder | None, seed: int) -> TrainConfig:
         """The settings of one training.

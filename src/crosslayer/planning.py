@@ -3,7 +3,6 @@
 Axes: L layers, S source layers, D d_model, F features a layer, N tokens a step, T targets of a source.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from crosslayer.coders.decoders import Full, LowRank
 from crosslayer.coders.sparsity import JointTopK
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Example
+from crosslayer.files import disk_room
 from crosslayer.models.load import LoadedModel
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.optimizers import Adam8bit, Muon
@@ -158,14 +158,6 @@ def memory_room(device: torch.device) -> int | None:
         return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
     except (OSError, StopIteration):
         return None
-
-
-def disk_room(path: Path) -> int:
-    """Bytes free on the file system that `path` lies, or will lie, on."""
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 @cache

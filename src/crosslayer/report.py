@@ -17,10 +17,15 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import EngFormatter
 from PIL import Image
 
+from crosslayer.activations.manifest import Manifest
+from crosslayer.activations.reading import check_trainable
+from crosslayer.activations.rows import IMAGE, UNKNOWN
+from crosslayer.activations.store import Store
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.demo import Arm, DemoResult
+from crosslayer.errors import UserError
 from crosslayer.evaluation import Evaluation
-from crosslayer.files import write_text
+from crosslayer.files import size_text, write_text
 from crosslayer.metrics import Figure
 from crosslayer.models.load import LoadedModel
 from crosslayer.planning import Estimate
@@ -52,19 +57,70 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
+def store_table(store: Store) -> str:
+    """What a store holds, for a terminal; by layer what int8 is off by."""
+    manifest, modality = store.manifest, store.column("modality")
+    reads, writes = (f"{layers[0]} to {layers[-1]}" for layers in (manifest.x_layers, manifest.y_layers))
+    size = sum((store.path / shard.file).stat().st_size for shard in manifest.shards)
+    firsts, images = int((store.column("position") == 0).sum()), int((modality == IMAGE).sum())
+    rows = [
+        ["model", manifest.model or "not known"],
+        ["revision", manifest.revision or "-"],
+        ["layers", f"{manifest.n_layers} of width {manifest.d_model}"],
+        ["reads", f"{manifest.read}, of layers {reads}"],
+        ["writes", f"of layers {writes}"],
+        ["numbers", manifest.dtype],
+        ["tokens", f"{len(store):,}, {firsts:,} first positions"],
+        ["of images", "not known" if (modality == UNKNOWN).any() else f"{images:,}"],
+        ["on disk", f"{size_text(size)} in {len(manifest.shards):,} shards, {size_text(manifest.row_bytes)} a token"],
+        ["trains", _trainable(store)],
+        ["finished", "yes" if manifest.finished else "no: `crosslayer capture ... --resume` goes on"],
+    ]
+    rows += [[name, str(value)] for name, value in manifest.source.items() if value is not None]
+    lines = [f"{name:<14}  {value}" for name, value in rows]
+    if any(shard.x_error for shard in manifest.shards):
+        header = ["layer", "reads off by", "writes off by"]
+        lines += ["", table(header, _added_errors(manifest))]
+    return "\n".join(lines)
+
+
+def _trainable(store: Store) -> str:
+    """Which wirings a training from this store can have."""
+    n, refusals = store.manifest.n_layers, []
+    for first_target in (0, 1)[:n]:
+        try:
+            check_trainable(store, Wiring.full(n, first_target))
+        except UserError as error:
+            refusals.append(str(error))
+    if not refusals:
+        return "every wiring"
+    return "wirings with first_target 1, of any span" if len(refusals) == 1 < n else f"none: {refusals[-1]}"
+
+
+def _added_errors(manifest: Manifest) -> list[list[str]]:
+    """By layer, the root of the mean share of the squares, in percent."""
+    cells = []
+    for name, layers in (("x_error", manifest.x_layers), ("y_error", manifest.y_layers)):
+        shares = [sum(getattr(s, name)[i] * s.rows for s in manifest.shards) for i in range(len(layers))]
+        percent = [f"{(share / manifest.rows) ** 0.5:.2%}" for share in shares]
+        cells.append(dict(zip(layers, percent, strict=True)))
+    reads, writes = cells
+    return [[str(layer), reads.get(layer, "-"), writes.get(layer, "-")] for layer in sorted(reads | writes)]
+
+
 def cost_table(estimate: Estimate, n_runs: int) -> str:
     """What a training costs, for a terminal, and what to do where it does not fit."""
     plan, room = estimate.plan, estimate.memory_room
     rows = [
         ["parameters", f"{plan.n_parameters:,}"],
-        ["memory: weights", _size(plan.weights)],
-        ["memory: gradients", _size(plan.gradients)],
-        ["memory: moments", _size(plan.moments)],
-        ["memory: activations", _size(plan.activations)],
-        ["memory: in all", f"{_size(plan.memory)} of {'?' if room is None else _size(room)} free"],
-        ["language model, loaded", _size(estimate.model)],
-        ["disk: finished run", _size(plan.finished_run)],
-        ["disk: at most", f"{_size(plan.disk)} of {_size(estimate.disk_room)} free"],
+        ["memory: weights", size_text(plan.weights)],
+        ["memory: gradients", size_text(plan.gradients)],
+        ["memory: moments", size_text(plan.moments)],
+        ["memory: activations", size_text(plan.activations)],
+        ["memory: in all", f"{size_text(plan.memory)} of {'?' if room is None else size_text(room)} free"],
+        ["language model, loaded", size_text(estimate.model)],
+        ["disk: finished run", size_text(plan.finished_run)],
+        ["disk: at most", f"{size_text(plan.disk)} of {size_text(estimate.disk_room)} free"],
         ["time: capturing", _duration(estimate.capture_seconds * n_runs)],
         ["time: training steps", _duration((plan.seconds or 0.0) * n_runs)],
     ]
@@ -74,12 +130,6 @@ def cost_table(estimate: Estimate, n_runs: int) -> str:
     if plan.disk > estimate.disk_room:
         lines.append("does not fit on the disk; choose another --out")
     return "\n".join(lines)
-
-
-def _size(n_bytes: int) -> str:
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = next((i for i in range(len(units)) if n_bytes < 1000 * 1024**i), len(units) - 1)
-    return f"{n_bytes / 1024**power:.3g} {units[power]}"
 
 
 def _duration(seconds: float) -> str:

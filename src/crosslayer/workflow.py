@@ -1,25 +1,30 @@
 """The main job from end to end: from a model and data to a trained transcoder on disk."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from crosslayer.activations.capture import ModelSource
+from crosslayer.activations.reading import StoreSource
+from crosslayer.activations.store import Store
 from crosslayer.coders.checkpoint import CONFIG, INDEX
 from crosslayer.coders.transcoder import CrossLayerTranscoder, Provenance
 from crosslayer.data.examples import Example
+from crosslayer.errors import UserError
 from crosslayer.files import check_folder, claim_folder
 from crosslayer.models.load import LoadedModel
 from crosslayer.replacement.end_to_end import EndToEnd
-from crosslayer.replacement.model import ReplacementModel
+from crosslayer.replacement.model import ReplacementModel, check_match
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.fit import fit
-from crosslayer.training.losses import KL, CrossEntropy
+from crosslayer.training.losses import FVU, KL, CrossEntropy
 from crosslayer.training.objective import Reconstruction
 from crosslayer.training.scales import Scales, estimate_scales
 from crosslayer.training.state import METRICS, STATE, load_state
-from crosslayer.training.stream import Place, StreamBatch, prompt_batches, shuffled_batches, usable_tokens
+from crosslayer.training.stream import ChunkSource, Place, StreamBatch, prompt_batches, shuffled_batches, usable_tokens
 from crosslayer.training.trainer import Trainer
 
 RUN_FILES = (CONFIG, "model*.safetensors", INDEX, METRICS, STATE)
@@ -56,24 +61,81 @@ def train(
         UserError: for settings that cannot work, and for a training that stops making sense.
         Interrupted: after Ctrl-C; the state is kept.
     """
-    run = Path(out)
+    source = ModelSource(model, data, seed=config.seed)
+    origin = Provenance(model.id, model.revision, model.sites.read)
+    job = _Job(source, origin, {"n_examples": len(data)}, model.n_layers, model.d_model, model)
+    return _run(job, config, Path(out), start, resume, overwrite, checkpoint_seconds)
+
+
+def train_from_store(
+    store: Store,
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    model_id: str = "",
+    start: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    checkpoint_seconds: float = 60.0,
+) -> CrossLayerTranscoder:
+    """Train a transcoder on activations from disk; no language model is needed.
+
+    A store of fp32 that was captured with this `config.seed` gives the weights that `train` would give, bit for bit.
+    `model_id` names the model where the store, an import, does not; the other arguments are those of `train`.
+
+    Raises:
+        UserError: as `train` does; when the store lacks what the wiring needs; for a loss that needs the model.
+    """
+    if not isinstance(config.loss, FVU):
+        name = type(config.loss).__name__
+        raise UserError(f"the loss is {name}, which runs the model on prompts; train on data instead of a store")
+    manifest = store.manifest
+    source = StoreSource(store, config.wiring, config.seed, "cuda" if torch.cuda.is_available() else "cpu")
+    origin = Provenance(manifest.model or model_id, manifest.revision, manifest.read)
+    context = {"store": manifest.shards[0].sha256, "n_rows": len(store)}
+    job = _Job(source, origin, context, manifest.n_layers, manifest.d_model)
+    return _run(job, config, Path(out), start, resume, overwrite, checkpoint_seconds)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a training takes its activations from."""
+
+    source: ModelSource | StoreSource
+    origin: Provenance
+    context: dict[str, Any]
+    """What tells these data from others, for a resume."""
+    n_layers: int
+    d_model: int
+    model: LoadedModel | None = None
+
+
+def _run(
+    job: _Job,
+    config: TrainConfig,
+    run: Path,
+    start: str | Path | None,
+    resume: bool,
+    overwrite: bool,
+    checkpoint_seconds: float,
+) -> CrossLayerTranscoder:
     if config.sparsity is not None:
-        config.sparsity.check(len(config.wiring.source_layers), config.width(model.d_model))
+        config.sparsity.check(len(config.wiring.source_layers), config.width(job.d_model))
     if not resume:
         check_folder(run, overwrite)
-    source = ModelSource(model, data, seed=config.seed)
-    context = {"model": model.id, "revision": model.revision, "read": model.sites.read, "n_examples": len(data)}
+    source, origin = job.source, job.origin
+    context = {"model": origin.model_id, "revision": origin.revision, "read": origin.read, **job.context}
     context["start"] = None if start is None else str(start)
     if resume:
-        kept = load_state(run, config, context, model.device)
-        trainer = _trainer(model, config, kept.scales, start).restore(kept.tensors, kept.counters)
+        kept = load_state(run, config, context, source.device)
+        trainer = _trainer(job, config, kept.scales, start).restore(kept.tensors, kept.counters)
         place = kept.place
     else:
-        trainer, place = _trainer(model, config, estimate_scales(source.chunk(SCALE_CHUNK)), start), Place()
+        trainer, place = _trainer(job, config, estimate_scales(source.chunk(SCALE_CHUNK)), start), Place()
         claim_folder(run, overwrite, RUN_FILES)
-    batches = _batches(model, source, config, place)
+    batches = _batches(source, config, place)
     place = fit(trainer, batches, place, run, context, checkpoint_seconds=checkpoint_seconds)
-    coder = finish(model, trainer, source, place)
+    coder = finish(origin, trainer, source, place)
     coder.save(run)
     (run / STATE).unlink()
     return coder
@@ -91,31 +153,31 @@ def adopt(model: LoadedModel, data: Sequence[Example], coder: CrossLayerTranscod
     return coder
 
 
-def _trainer(model: LoadedModel, config: TrainConfig, scales: Scales, start: str | Path | None) -> Trainer:
+def _trainer(job: _Job, config: TrainConfig, scales: Scales, start: str | Path | None) -> Trainer:
     objective = Reconstruction(scales.output_variance, config.auxk, config.dead_penalty)
-    if isinstance(config.loss, KL | CrossEntropy):
-        objective = EndToEnd(model, config.loss, objective)
+    if job.model is not None and isinstance(config.loss, KL | CrossEntropy):
+        objective = EndToEnd(job.model, config.loss, objective)
     coder = None if start is None else CrossLayerTranscoder.load(start)
     if coder is not None:
-        ReplacementModel(model, coder)  # refuses one that was trained on a model of another shape
+        check_match(coder, job.origin.model_id, job.n_layers, job.d_model, job.origin.read)  # before it is trained
     trainer = Trainer(config, scales, objective, coder)
-    trainer.coder.provenance = Provenance(model.id, model.revision, model.sites.read)
+    trainer.coder.provenance = job.origin
     return trainer
 
 
-def _batches(model: LoadedModel, source: ModelSource, config: TrainConfig, place: Place) -> Iterator[StreamBatch]:
-    if not isinstance(config.loss, KL | CrossEntropy):
+def _batches(source: ModelSource | StoreSource, config: TrainConfig, place: Place) -> Iterator[StreamBatch]:
+    if isinstance(source, StoreSource) or not isinstance(config.loss, KL | CrossEntropy):
         return shuffled_batches(source, config.batch_tokens, config.seed, place)
     return prompt_batches(source, max(1, config.batch_tokens // source.tokens_a_prompt), place)
 
 
-def finish(model: LoadedModel, trainer: Trainer, source: ModelSource, place: Place) -> CrossLayerTranscoder:
+def finish(origin: Provenance, trainer: Trainer, source: ChunkSource, place: Place) -> CrossLayerTranscoder:
     """Calibrate on tokens that follow the training data, fold the scales, and note where it all came from."""
     config = trainer.config
     fresh = usable_tokens(source, place, config.batch_tokens, config.calibration_tokens, config.seed)
     coder = trainer.finish(fresh)
     training = {"config": config.record(), "counted": trainer.counters()}
-    coder.provenance = Provenance(model.id, model.revision, model.sites.read, training)
+    coder.provenance = replace(origin, training=training)
     return coder
 
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from crosslayer.activations.ahead import one_ahead
 from crosslayer.activations.record import Activations
 from crosslayer.data.examples import Example
 from crosslayer.errors import UserError
@@ -18,33 +19,39 @@ from crosslayer.models.prompts import Batch, prepare
 @torch.no_grad()
 def capture_all(model: LoadedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """What every MLP read and wrote, as two tensors [B, P, L, D], padding included."""
-    x, y, _ = _recorded(model, batch, model.body)
-    return x, y
+    x, y, _ = _recorded(model, batch, model.body, None, model.model.dtype)
+    shape = (*batch.tokens.shape, *x.shape[1:])
+    return x.view(shape), y.view(shape)
 
 
-def _recorded(model: LoadedModel, batch: Batch, forward: Any) -> tuple[Tensor, Tensor, Any]:
-    """What every MLP read and wrote in a forward pass, and what that gave."""
-    shape = (*batch.tokens.shape, model.n_layers, model.d_model)
-    x = torch.empty(shape, dtype=model.model.dtype, device=model.device)
+def _recorded(
+    model: LoadedModel, batch: Batch, forward: Any, rows: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Any]:
+    """What every MLP read and wrote in a forward pass, [n, L, D] at these rows of [B P] or at all; what that gave."""
+    n = batch.tokens.numel() if rows is None else len(rows)
+    x = torch.empty(n, model.n_layers, model.d_model, dtype=dtype, device=model.device)
     y = torch.empty_like(x)
 
     def keep(store: Tensor):
-        return lambda layer, tensor: store[:, :, layer].copy_(tensor)
+        def copy(layer: int, tensor: Tensor) -> None:
+            flat = tensor.flatten(0, 1)
+            store[:, layer].copy_(flat if rows is None else flat.index_select(0, rows))
+
+        return copy
 
     with recording(model.sites, keep(x), keep(y)):
         output = forward(**batch.inputs, use_cache=False)
     return x, y, output
 
 
-def _unpadded(batch: Batch, x: Tensor, y: Tensor, sample: Tensor) -> Activations:
-    keep = batch.attention
-    return Activations(
-        x[keep],
-        y[keep],
-        batch.image[keep],
-        batch.position[keep],
-        sample[:, None].expand_as(keep)[keep],
-    )
+def _unpadded(
+    model: LoadedModel, batch: Batch, forward: Any, sample: Tensor, dtype: torch.dtype
+) -> tuple[Activations, Any]:
+    """All tokens but padding, each prompt under its number [B] in `sample`; and what the forward pass gave."""
+    kept = batch.attention.flatten().nonzero().squeeze(1)
+    x, y, output = _recorded(model, batch, forward, None if batch.attention.all() else kept, dtype)
+    columns = (batch.image, batch.position, sample[:, None].expand_as(batch.tokens), batch.tokens)
+    return Activations(x, y, *(column.flatten()[kept] for column in columns)), output
 
 
 def capture(model: LoadedModel, examples: Sequence[Example], numbers: Sequence[int]) -> Activations:
@@ -52,16 +59,20 @@ def capture(model: LoadedModel, examples: Sequence[Example], numbers: Sequence[i
 
     `numbers` are the examples' own in their data set.
     """
-    batch = prepare(model.model, model.processor, examples)
-    x, y = capture_all(model, batch)
-    return _unpadded(batch, x, y, torch.tensor(numbers, device=x.device))
+    return _captured(model, prepare(model.model, model.processor, examples), numbers, model.model.dtype)
+
+
+@torch.no_grad()
+def _captured(model: LoadedModel, batch: Batch, numbers: Sequence[int], dtype: torch.dtype) -> Activations:
+    return _unpadded(model, batch, model.body, torch.tensor(numbers, device=model.device), dtype)[0]
 
 
 @torch.no_grad()
 def capture_batch(model: LoadedModel, batch: Batch) -> tuple[Activations, Float[Tensor, "B P V"]]:
     """Activations of all tokens of prepared prompts but padding, and the logits of the same forward pass."""
-    x, y, logits = _recorded(model, batch, model.model)
-    return _unpadded(batch, x, y, torch.arange(len(x), device=x.device)), logits.logits
+    sample = torch.arange(len(batch.tokens), device=model.device)
+    activations, output = _unpadded(model, batch, model.model, sample, model.model.dtype)
+    return activations, output.logits
 
 
 class ModelSource:
@@ -83,7 +94,7 @@ class ModelSource:
     ):
         if not len(examples):
             raise UserError("the data set is empty; give at least one example")
-        self.model, self.examples, self.seed = model, examples, seed
+        self.model, self.examples, self.seed, self.device = model, examples, seed, model.device
         self.tokens_a_prompt = _tokens_a_prompt(model, examples)
         bytes_a_token = 2 * model.n_layers * model.d_model * model.model.dtype.itemsize
         fitting = max(1, chunk_bytes // (self.tokens_a_prompt * bytes_a_token))
@@ -94,16 +105,23 @@ class ModelSource:
         """All tokens of chunk `index` but padding."""
         return Activations.concatenate(list(self.captured(index)))
 
-    def captured(self, index: int) -> Iterator[Activations]:
-        """The same, batch by batch."""
-        chosen = [self._example(n) for n in range(index * self.chunk_prompts, (index + 1) * self.chunk_prompts)]
-        for start in range(0, len(chosen), self.batch_prompts):
-            numbers = chosen[start : start + self.batch_prompts]
-            yield capture(self.model, [self.examples[n] for n in numbers], numbers)
+    def captured(
+        self, index: int, n: int | None = None, *, skip: int = 0, dtype: torch.dtype | None = None
+    ) -> Iterator[Activations]:
+        """The same, or its first n prompts, batch by batch without the first `skip`; x and y in `dtype` if given."""
+        start = index * self.chunk_prompts
+        chosen = [self._example(i) for i in range(start, start + (self.chunk_prompts if n is None else n))]
+        batches = [chosen[start : start + self.batch_prompts] for start in range(0, len(chosen), self.batch_prompts)]
+        for numbers, batch in one_ahead(self._prepared, batches[skip:]):
+            yield _captured(self.model, batch, numbers, dtype or self.model.model.dtype)
 
     def prompts(self, start: int, n: int) -> list[Example]:
         """The examples visited from number `start` on, counted over epochs."""
         return [self.examples[self._example(i)] for i in range(start, start + n)]
+
+    def _prepared(self, numbers: list[int]) -> tuple[list[int], Batch]:
+        model = self.model
+        return numbers, prepare(model.model, model.processor, [self.examples[n] for n in numbers])
 
     def _example(self, n: int) -> int:
         """Number of the n-th example visited, counted over epochs."""

@@ -21,6 +21,8 @@ class Activations:
     """Position in the prompt, padding not counted."""
     sample: Int[Tensor, " N"]
     """Number of the prompt in its data set."""
+    token: Int[Tensor, " N"]
+    """Its id in the model's vocabulary."""
 
     def __len__(self) -> int:
         return self.x.shape[0]

@@ -33,7 +33,7 @@ class ReplacementModel:
     """
 
     def __init__(self, model: LoadedModel, transcoder: CrossLayerTranscoder):
-        _check_match(model, transcoder)
+        check_match(transcoder, model.id, model.n_layers, model.d_model, model.sites.read)
         self.model = model
         self.transcoder = transcoder.to(model.device)
 
@@ -138,8 +138,13 @@ class _Writes:
         return (real & (real.long().cumsum(1) == 1))[:, self.past : self.past + x.shape[1]]
 
 
-def _check_match(model: LoadedModel, transcoder: CrossLayerTranscoder) -> None:
-    wanted = {"n_layers": model.n_layers, "d_model": model.d_model, "read": model.sites.read}
+def check_match(transcoder: CrossLayerTranscoder, model_id: str, n_layers: int, d_model: int, read: str) -> None:
+    """Refuse a transcoder for a model of another shape, or for another site.
+
+    Raises:
+        UserError: naming both.
+    """
+    wanted = {"n_layers": n_layers, "d_model": d_model, "read": read}
     found = {
         "n_layers": transcoder.wiring.n_layers,
         "d_model": transcoder.d_model,
@@ -148,6 +153,6 @@ def _check_match(model: LoadedModel, transcoder: CrossLayerTranscoder) -> None:
     for name, value in wanted.items():
         if found[name] != value:
             raise UserError(
-                f"the transcoder has {name} {found[name]}, the model {model.id} has {value}; "
+                f"the transcoder has {name} {found[name]}, the model {model_id} has {value}; "
                 f"the transcoder was trained on {transcoder.provenance.model_id or 'another model'}"
             )

@@ -1,0 +1,137 @@
+"""What capturing to disk costs beside the bare forward pass of the same batches.
+
+The bare pass runs the model's body on batches that are prepared already; a capture prepares the batches (tokens,
+pictures), records every layer's reads and writes, leaves padding out, and writes shards with checksums. Rounds of the
+two alternate. CPU seconds are summed over threads; wall seconds say what is overlapped where cores are free.
+
+    python benchmarks/capture.py --keep
+"""
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from step import HERE, cpu_name
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import crosslayer as xl
+from crosslayer.activations.capture import ModelSource
+from crosslayer.models.prompts import prepare
+from crosslayer.models.proof import Proof
+from crosslayer.models.sites import find_sites
+from crosslayer.zoo.emoji_llava.architecture import WORDS, tokenizer
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with data to capture."""
+
+    name: str
+    model: xl.LoadedModel
+    data: list[xl.Example]
+
+
+def bundled() -> Subject:
+    """The bundled LLaVA on its scenes, drawn beforehand."""
+    model, scenes = xl.load_model("emoji-llava"), xl.load_data("emoji-scenes", n=2048)
+    return Subject("emoji-llava", model, [scenes[i] for i in range(len(scenes))])
+
+
+def smollm2_shaped() -> Subject:
+    """A random Llama of SmolLM2-135M's shape, on texts of 128 tokens."""
+    config = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=512,
+    )
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    words = [word for word in WORDS if word.isalpha()]
+    texts = [" ".join(words[(7 * i + j * (i + 1)) % len(words)] for j in range(127)) for i in range(16)]
+    loaded = xl.LoadedModel("smollm2-shaped", "", model, tokenizer(), find_sites(model), Proof((), 0.0))
+    return Subject(loaded.id, loaded, [xl.Example(str(i), text) for i, text in enumerate(texts)])
+
+
+def timed(call: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def measure(subject: Subject, folder: Path, rounds: int, batch_prompts: int) -> str:
+    """The ratio of a capture to the bare pass, as a line of a table."""
+    model, source = subject.model, ModelSource(subject.model, subject.data, batch_prompts=batch_prompts)
+    order = source.prompts(0, len(subject.data))
+    groups = [order[i : i + batch_prompts] for i in range(0, len(order), batch_prompts)]
+    batches = [prepare(model.model, model.processor, group) for group in groups]
+
+    @torch.no_grad()
+    def bare() -> None:
+        for batch in batches:
+            model.body(**batch.inputs, use_cache=False)
+
+    def prepared() -> None:
+        for group in groups:
+            prepare(model.model, model.processor, group)
+
+    def capture() -> None:
+        xl.capture(model, subject.data, folder, overwrite=True)
+
+    capture()  # warm
+    bare()
+    rounds_of = [(timed(bare), timed(prepared), timed(capture)) for _ in tqdm(range(rounds), subject.name)]
+
+    def ratio(which: int, *parts: int) -> float:
+        return statistics.median(found[2][which] / sum(found[part][which] for part in parts) for found in rounds_of)
+
+    n = sum(int(batch.attention.sum()) for batch in batches)
+    rate = n / statistics.median(captured[0] for *_, captured in rounds_of)
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
+    cells = [f"{ratio(which, *parts):.2f}" for which in (0, 1) for parts in ((0,), (0, 1))]
+    return f"| {subject.name} | {n:,} | {rate:,.0f} | {' | '.join(cells)} | {size:.0f} MiB |"
+
+
+def main() -> None:
+    """Measure both models, print, and keep where asked to."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--keep", action="store_true", help="write benchmarks/results/DATE-capture-cpu.md")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    when = datetime.now(UTC).date()
+    lines = [
+        f"# Capture beside the bare forward pass, {when}",
+        "",
+        f"{cpu_name()}, {args.threads} thread(s); torch {torch.__version__}; load {os.getloadavg()[0]:.1f}.",
+        "A capture to bf16: its seconds over those of the bare pass, and over those of preparing batches for it too.",
+        "",
+        "| model | tokens | tokens/s | wall / bare | wall / prepared too | CPU / bare | CPU / prepared too | store |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    folder = Path(tempfile.mkdtemp(prefix="capture-"))
+    try:
+        for subject, batch_prompts in ((bundled(), 64), (smollm2_shaped(), 64)):
+            lines.append(measure(subject, folder / "store", args.rounds, batch_prompts))
+    finally:
+        shutil.rmtree(folder)
+    print("\n".join(lines))
+    if args.keep:
+        (HERE / "results" / f"{when}-capture-cpu.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

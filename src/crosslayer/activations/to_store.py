@@ -1,0 +1,163 @@
+"""Capturing a data set to disk: what it needs, the rows in the stream's order, and going on after any end."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from crosslayer.activations.capture import ModelSource
+from crosslayer.activations.manifest import MANIFEST, Manifest, check_same, read_manifest, write_manifest
+from crosslayer.activations.record import Activations
+from crosslayer.activations.rows import Rows
+from crosslayer.activations.store import Store
+from crosslayer.activations.writer import SHARD_BYTES, STORE_FILES, StoreWriter, check_room
+from crosslayer.data.examples import Example
+from crosslayer.errors import UserError
+from crosslayer.files import check_folder, claim_folder, sweep
+from crosslayer.memory import keep_freed_memory
+from crosslayer.models.load import LoadedModel
+from crosslayer.models.prompts import prepare
+
+ROOM_PROMPTS = 64
+"""Prompts on which the length of all is estimated."""
+
+
+def capture_to_store(
+    model: LoadedModel,
+    data: Sequence[Example],
+    out: str | Path,
+    *,
+    tokens: int | None = None,
+    prompts: int | None = None,
+    dtype: str = "bf16",
+    layers: range | None = None,
+    seed: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Store:
+    """Keep what a model's MLPs read and write on disk, in the order in which a training with this seed sees it.
+
+    Args:
+        model: frozen, with its sites proved.
+        data: what to run it on, visited in a new order each epoch.
+        out: folder of the store.
+        tokens: rows to keep; `prompts` instead, or every example once, when left out.
+        prompts: examples to keep all tokens of.
+        dtype: fp32, bf16 or int8 (with a scale for each token and layer).
+        layers: consecutive layers to keep; all when left out, and a training needs all.
+        seed: of the order of the data.
+        shard_bytes: size that a file does not pass.
+        resume: go on after the last whole shard in `out`; the result is that of an uninterrupted capture.
+        overwrite: replace the store that `out` holds.
+
+    Raises:
+        UserError: when the disk is too small or gets full, for another model, data or settings than those of the
+            store to resume, and for settings that cannot work.
+    """
+    folder = Path(out)
+    source = ModelSource(_of_layers(model, layers), data, seed=seed)
+    asked = Manifest(
+        model=model.id,
+        revision=model.revision,
+        read=model.sites.read,
+        n_layers=model.n_layers,
+        d_model=model.d_model,
+        x_layers=list(layers or range(model.n_layers)),
+        y_layers=list(layers or range(model.n_layers)),
+        dtype=dtype,
+        source=_settings(source, tokens, prompts, shard_bytes),
+    )
+    manifest = _to_resume(folder, asked) if resume else asked
+    check_folder(folder, overwrite or resume)
+    check_room(folder, manifest, _rows_left(source, manifest))
+    if not resume:
+        claim_folder(folder, overwrite, STORE_FILES)
+        write_manifest(folder, manifest)
+    keep_freed_memory()
+    _fill(folder, manifest, source)
+    return Store(folder)
+
+
+def _of_layers(model: LoadedModel, layers: range | None) -> LoadedModel:
+    """The same model as if it had these layers only."""
+    if layers is None:
+        return model
+    if layers.step != 1 or not (0 <= layers.start < layers.stop <= model.n_layers):
+        raise UserError(f"layers are {layers}; choose consecutive ones of 0 to {model.n_layers - 1}")
+    sites, chosen = model.sites, slice(layers.start, layers.stop)
+    return replace(model, sites=replace(sites, layers=sites.layers[chosen], names=sites.names[chosen]))
+
+
+def _settings(source: ModelSource, tokens: int | None, prompts: int | None, shard_bytes: int) -> dict[str, Any]:
+    if tokens is not None and prompts is not None:
+        raise UserError(f"tokens is {tokens} and prompts is {prompts}; give one of them")
+    if min(n for n in (tokens, prompts, shard_bytes) if n is not None) < 1:
+        raise UserError(f"tokens {tokens}, prompts {prompts}, shard_bytes {shard_bytes}: choose at least 1")
+    if tokens is None and prompts is None:
+        prompts = len(source.examples)
+    return {
+        "n_examples": len(source.examples),
+        "seed": source.seed,
+        "tokens": tokens,
+        "prompts": prompts,
+        "chunk_prompts": source.chunk_prompts,
+        "batch_prompts": source.batch_prompts,
+        "shard_bytes": shard_bytes,
+    }
+
+
+def _to_resume(folder: Path, asked: Manifest) -> Manifest:
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder}: holds no {MANIFEST} to resume from; start without --resume")
+    kept = read_manifest(folder)
+    check_same(folder, kept, asked)
+    if kept.finished:
+        raise UserError(f"{folder}: is finished already; capture into another folder for more")
+    sweep(folder)
+    return kept
+
+
+def _rows_left(source: ModelSource, manifest: Manifest) -> int:
+    """Rows that are not in the store yet, by the mean length of a few prompts where those are what is counted."""
+    settings = manifest.source
+    if settings["prompts"] is None:
+        return settings["tokens"] - manifest.rows
+    seen = manifest.next_chunk * settings["chunk_prompts"] + manifest.next_batch * settings["batch_prompts"]
+    batch = prepare(source.model.model, source.model.processor, source.prompts(0, ROOM_PROMPTS))
+    return max(0, settings["prompts"] - seen) * int(batch.attention.sum()) // ROOM_PROMPTS
+
+
+def _fill(folder: Path, manifest: Manifest, source: ModelSource) -> None:
+    """Capture what is missing."""
+    following, total = (manifest.next_chunk, manifest.next_batch), manifest.source["tokens"]
+    bar = tqdm(total=total, initial=manifest.rows, unit="tok", unit_scale=True, desc="capture", dynamic_ncols=True)
+    with StoreWriter(folder, manifest) as writer, bar:
+        try:
+            for chunk, batch, part in _missing(source, manifest):
+                writer.add(Rows.of(part), chunk, batch)
+                following = (chunk, batch + 1)
+                bar.update(len(part))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; the same command with --resume goes on after the last shard") from None
+        writer.finish(*following)
+
+
+def _missing(source: ModelSource, manifest: Manifest) -> Iterator[tuple[int, int, Activations]]:
+    """Batches of the stream after the numbers of their chunk and of themselves in it, until there are enough."""
+    tokens, prompts = manifest.source["tokens"], manifest.source["prompts"]
+    left, skip, dtype = (tokens or sys.maxsize) - manifest.rows, manifest.next_batch, manifest.encoding.working_dtype
+    for chunk in count(manifest.next_chunk):
+        n = min(source.chunk_prompts, (prompts or sys.maxsize) - chunk * source.chunk_prompts)
+        if n <= 0 or left <= 0:
+            return
+        for batch, part in enumerate(source.captured(chunk, n, skip=skip, dtype=dtype), skip):
+            yield chunk, batch, part if len(part) <= left else part[:left]
+            left -= len(part)
+            if left <= 0:
+                return
+        skip = 0
