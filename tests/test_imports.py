@@ -16,7 +16,7 @@ FLOORS = (
     {"report"},
     {"demo"},
     {"workflow", "planning"},
-    {"evaluation"},
+    {"evaluation", "respond"},
     {"replacement"},
     {"training"},
     {"activations"},

@@ -14,6 +14,7 @@ from crosslayer.errors import UserError
 from crosslayer.evaluation import Evaluation, evaluate
 from crosslayer.models.load import LoadedModel, load_model
 from crosslayer.replacement.model import ReplacementModel
+from crosslayer.respond import Answering, respond
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.losses import FVU, KL, CrossEntropy
 from crosslayer.training.optimizers import Adam, Adam8bit, AdamW, Muon
@@ -27,6 +28,7 @@ __all__ = [
     "Adam",
     "Adam8bit",
     "AdamW",
+    "Answering",
     "AuxK",
     "BatchTopK",
     "CrossEntropy",
@@ -53,5 +55,6 @@ __all__ = [
     "evaluate",
     "load_data",
     "load_model",
+    "respond",
     "train",
 ]

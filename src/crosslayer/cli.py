@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +12,10 @@ import tyro
 from tyro.conf import Positional, arg
 
 from crosslayer.coders.transcoder import CrossLayerTranscoder
-from crosslayer.data.examples import Example, Examples, open_image
-from crosslayer.data.load import EMOJI_SCENES, load_data
+from crosslayer.data.examples import Example, Examples
+from crosslayer.data.images import open_image
+from crosslayer.data.load import EMOJI_SCENES, load_data, read_data
+from crosslayer.data.reading import Reading
 from crosslayer.demo import DEFAULT_TOKENS, MODEL, run_demo
 from crosslayer.eleuther_options import translate
 from crosslayer.errors import UserError
@@ -31,6 +34,8 @@ from crosslayer.planning import estimate
 from crosslayer.replacement.model import ReplacementModel
 from crosslayer.replacement.model import generate as run_generation
 from crosslayer.report import comparison_table, cost_table, evaluation_table, inspection, side_by_side, write_report
+from crosslayer.respond import Answering
+from crosslayer.respond import respond as run_respond
 from crosslayer.wiring import Wiring
 from crosslayer.workflow import RUN_FILES, adopt
 from crosslayer.workflow import train as run_training
@@ -43,9 +48,12 @@ READERS: dict[str, Any] = {
 WRITERS: dict[str, Any] = {"eleuther": write_eleuther, "circuit-tracer": write_circuit_tracer}
 
 Model = Annotated[Positional[str], arg(metavar="MODEL", help="Bundled name (emoji-llava), model folder, or hub id.")]
-Data = Annotated[Positional[str], arg(metavar="DATA", help="emoji-scenes, a text file (a line each), or JSON lines.")]
+Data = Annotated[
+    Positional[str],
+    arg(metavar="DATA", help="File, folder, `datasets` id, emoji-scenes or model-samples; docs/data.md has them all."),
+]
 Run = Annotated[Positional[str], arg(metavar="RUN", help="Folder of a trained transcoder, or its hub id.")]
-Images = Annotated[Path | None, arg(help="Folder that image paths in DATA are relative to; DATA's own by default.")]
+HowRead = Annotated[Reading, arg(name="")]
 Read = Annotated[str, arg(help="What the encoders read: resid (before the MLP's norm) or mlp_in (after).")]
 Revision = Annotated[str | None, arg(help="Revision of a hub id.")]
 Seed = Annotated[int, arg(help="Seed of the weights and of the order of the data.")]
@@ -96,7 +104,7 @@ def train(options: Annotated[TrainOptions, arg(name="")]) -> None:
     loaded = load_model(options.model, revision=options.revision, read=options.read)
     start = None if options.finetune is None else CrossLayerTranscoder.load(options.finetune)
     configs = [options.config(loaded.n_layers, start, seed) for seed in options.seed]
-    data = load_data(options.data, options.images, loaded)
+    data = read_data(options.data, options.reading, loaded)
     if options.dry_run:
         print(cost_table(estimate(loaded, data, configs[0], options.out), len(configs)))
         return
@@ -110,6 +118,7 @@ def train(options: Annotated[TrainOptions, arg(name="")]) -> None:
             f"trained on {counted['tokens']:,} tokens; left out {counted['first_left_out']:,} first positions "
             f"and {counted['outliers_left_out']:,} norm outliers\nnext: crosslayer evaluate {run}"
         )
+    _print_skipped(data)
 
 
 def evaluate(
@@ -117,17 +126,21 @@ def evaluate(
     data: Annotated[
         Positional[str | None], arg(help="Held-out data; the bundled scenes for the bundled model.")
     ] = None,
-    images: Images = None,
+    reading: HowRead = Reading(),  # noqa: B008
     prompts: Annotated[int, arg(help="How many examples to use at most.")] = 128,
     json: Annotated[Path | None, arg(help="File for all figures, per layer and modality too.")] = None,
     model: OtherModel = None,
 ) -> None:
     """Measure how well a run's replacement model stands in for the original."""
     coder, loaded = _load_run(run, model)
-    result = run_evaluation(loaded, coder, _held_out(loaded, data, images, prompts))
+    examples = _held_out(loaded, data, reading, prompts)
+    if json is not None:
+        examples.skipped.list_in(json.with_suffix(".skipped.jsonl"))
+    result = run_evaluation(loaded, coder, examples)
     if json is not None:
         write_text(json, result.to_json() + "\n")
     print(evaluation_table(result))
+    _print_skipped(examples)
 
 
 def generate(
@@ -150,6 +163,25 @@ def generate(
     original = run_generation(loaded, examples, **settings)[0]
     replaced = ReplacementModel(loaded, coder).generate_batch(examples, **settings)[0]
     print(side_by_side({"original": original, "replacement": replaced}))
+
+
+def respond(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, arg(help="File of JSON lines: id, image, prompt, response; it can be DATA again.")],
+    reading: HowRead = Reading(),  # noqa: B008
+    prompts: Annotated[int | None, arg(help="How many examples to answer at most; all by default.")] = None,
+    answering: Annotated[Answering, arg(name="")] = Answering(),  # noqa: B008
+    revision: Revision = None,
+    resume: Annotated[bool, arg(help="Go on after an interruption, to the answers of an unbroken run.")] = False,
+    overwrite: Annotated[bool, arg(help="Replace an earlier file of answers.")] = False,
+) -> None:
+    """Let a model answer every prompt of DATA, greedily by default, and keep prompts, images and answers."""
+    loaded = load_model(model, revision=revision)
+    examples = read_data(data, reading, loaded, n=prompts)
+    n = run_respond(loaded, examples, out, answering, resume=resume, overwrite=overwrite)
+    print(f"{out}: {n:,} answers\nnext: crosslayer train {model} {out} --out RUN")
+    _print_skipped(examples)
 
 
 def import_(
@@ -190,6 +222,7 @@ VERBS = {
     "train": train,
     "evaluate": evaluate,
     "generate": generate,
+    "respond": respond,
     "import": import_,
     "export": export,
 }
@@ -254,7 +287,14 @@ def _load_run(run: str, model: str | None) -> tuple[CrossLayerTranscoder, Loaded
     return coder, load_model(name, revision=revision, read=came_from.read)
 
 
-def _held_out(model: LoadedModel, data: str | None, images: Path | None, prompts: int) -> Examples:
+def _print_skipped(data: Examples) -> None:
+    if data.skipped.reasons:
+        print(data.skipped)
+
+
+def _held_out(model: LoadedModel, data: str | None, reading: Reading, prompts: int) -> Examples:
     if data is None and model.id != "emoji-llava":
         raise UserError(f"name the DATA to evaluate on; {EMOJI_SCENES} are for the bundled model only")
-    return load_data(data or EMOJI_SCENES, images, model, split="test", n=prompts)
+    if data in (None, EMOJI_SCENES) and reading.split is None:
+        reading = replace(reading, split="test")
+    return read_data(data or EMOJI_SCENES, reading, model, n=prompts)

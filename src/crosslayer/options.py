@@ -9,6 +9,7 @@ from tyro.conf import Positional, arg
 from crosslayer.coders.decoders import DECODERS, read_decoder
 from crosslayer.coders.sparsity import KINDS, Sparsity, read_sparsity
 from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.data.reading import Reading
 from crosslayer.errors import UserError
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.losses import LOSSES, read_loss
@@ -33,11 +34,11 @@ class TrainOptions:
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Bundled name (emoji-llava), model folder, or hub id."""
     data: Annotated[Positional[str], arg(metavar="DATA")]
-    """emoji-scenes, a text file (a line each), or JSON lines."""
+    """What to train on: a file, a folder, a `datasets` id, emoji-scenes or model-samples; docs/data.md has them all."""
     out: Path
     """Folder of the run."""
-    images: Path | None = None
-    """Folder that image paths in DATA are relative to; DATA's own by default."""
+    reading: Annotated[Reading, arg(name="")] = Reading()  # noqa: RUF009
+    """How DATA is read."""
     tokens: int = TrainConfig.tokens
     """Tokens to train on; data is repeated in new orders as needed."""
     seed: tuple[int, ...] = (0,)

@@ -8,7 +8,8 @@ from typing import Any
 from crosslayer.activations.capture import ModelSource
 from crosslayer.coders.checkpoint import CONFIG, INDEX
 from crosslayer.coders.transcoder import CrossLayerTranscoder, Provenance
-from crosslayer.data.examples import Example
+from crosslayer.data.examples import Example, Examples
+from crosslayer.data.skipped import SKIPPED
 from crosslayer.files import check_folder, claim_folder
 from crosslayer.models.load import LoadedModel
 from crosslayer.replacement.end_to_end import EndToEnd
@@ -22,7 +23,7 @@ from crosslayer.training.state import METRICS, STATE, load_state
 from crosslayer.training.stream import Place, StreamBatch, prompt_batches, shuffled_batches, usable_tokens
 from crosslayer.training.trainer import Trainer
 
-RUN_FILES = (CONFIG, "model*.safetensors", INDEX, METRICS, STATE)
+RUN_FILES = (CONFIG, "model*.safetensors", INDEX, METRICS, STATE, SKIPPED)
 """What an overwritten run leaves."""
 SCALE_CHUNK = 0
 """The chunk that scales are estimated on; training starts with it as well."""
@@ -46,7 +47,7 @@ def train(
         data: what to run it on, visited in a new order each epoch.
         config: wiring, sparsity, width, length.
         out: folder of the run: `config.json`, `model.safetensors`, `metrics.jsonl`, and while it is unfinished
-            `training_state.safetensors`.
+            `training_state.safetensors`; `skipped.jsonl` lists the data's bad rows, if any.
         start: run to finetune, instead of starting from random weights.
         resume: go on from the state in `out`; the result is that of an uninterrupted training.
         overwrite: replace the run that `out` holds.
@@ -71,6 +72,8 @@ def train(
     else:
         trainer, place = _trainer(model, config, estimate_scales(source.chunk(SCALE_CHUNK)), start), Place()
         claim_folder(run, overwrite, RUN_FILES)
+    if isinstance(data, Examples):
+        data.skipped.list_in(run / SKIPPED, resume=resume)
     batches = _batches(model, source, config, place)
     place = fit(trainer, batches, place, run, context, checkpoint_seconds=checkpoint_seconds)
     coder = finish(model, trainer, source, place)

@@ -12,7 +12,7 @@ from crosslayer.data.examples import Example
 from crosslayer.errors import UserError
 from crosslayer.models.hooks import recording
 from crosslayer.models.load import LoadedModel
-from crosslayer.models.prompts import Batch, prepare
+from crosslayer.models.prompts import Batch, prepare, prepare_good
 
 
 @torch.no_grad()
@@ -52,9 +52,20 @@ def capture(model: LoadedModel, examples: Sequence[Example], numbers: Sequence[i
 
     `numbers` are the examples' own in their data set.
     """
-    batch = prepare(model.model, model.processor, examples)
+    return _captured(model, prepare(model.model, model.processor, examples), numbers)
+
+
+def _captured(model: LoadedModel, batch: Batch | None, numbers: Sequence[int]) -> Activations:
+    if batch is None:
+        return _nothing(model)
     x, y = capture_all(model, batch)
     return _unpadded(batch, x, y, torch.tensor(numbers, device=x.device))
+
+
+def _nothing(model: LoadedModel) -> Activations:
+    x = torch.empty(0, model.n_layers, model.d_model, dtype=model.model.dtype, device=model.device)
+    none = torch.empty(0, dtype=torch.long, device=model.device)
+    return Activations(x, x, none.bool(), none, none)
 
 
 @torch.no_grad()
@@ -95,15 +106,17 @@ class ModelSource:
         return Activations.concatenate(list(self.captured(index)))
 
     def captured(self, index: int) -> Iterator[Activations]:
-        """The same, batch by batch."""
+        """The same, batch by batch, without examples that turn out to be bad."""
         chosen = [self._example(n) for n in range(index * self.chunk_prompts, (index + 1) * self.chunk_prompts)]
         for start in range(0, len(chosen), self.batch_prompts):
             numbers = chosen[start : start + self.batch_prompts]
-            yield capture(self.model, [self.examples[n] for n in numbers], numbers)
+            yield _captured(self.model, *prepare_good(self.model.model, self.model.processor, self.examples, numbers))
 
     def prompts(self, start: int, n: int) -> list[Example]:
-        """The examples visited from number `start` on, counted over epochs."""
-        return [self.examples[self._example(i)] for i in range(start, start + n)]
+        """The examples visited from number `start` on, counted over epochs, without those that turn out to be bad."""
+        numbers = [self._example(i) for i in range(start, start + n)]
+        good = prepare_good(self.model.model, self.model.processor, self.examples, numbers)[1]
+        return [self.examples[number] for number in good]
 
     def _example(self, n: int) -> int:
         """Number of the n-th example visited, counted over epochs."""
@@ -115,6 +128,10 @@ class ModelSource:
 
 
 def _tokens_a_prompt(model: LoadedModel, examples: Sequence[Example], n: int = 8) -> int:
-    """Length of the longest of the first few prompts."""
-    batch = prepare(model.model, model.processor, [examples[i] for i in range(min(n, len(examples)))])
-    return int(batch.attention.sum(1).max())
+    """Length of the longest of the first few prompts that are not bad."""
+    for start in range(0, len(examples), n):
+        numbers = range(start, min(start + n, len(examples)))
+        batch, _ = prepare_good(model.model, model.processor, examples, numbers)
+        if batch is not None:
+            return int(batch.attention.sum(1).max())
+    raise UserError("all examples of the data set are bad")
