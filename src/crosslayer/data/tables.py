@@ -23,7 +23,7 @@ def table(source: str | Path, split: str | None, stream: int | None) -> tuple[Ro
 
     Args:
         source: a file, a folder, or an id on the hub, with `:configuration` where it has several.
-        split: the split to take where it comes with one of that name; its `train`, or else its first, otherwise.
+        split: the split to take where it comes with several; its `train`, or else its first, when left out.
         stream: read only so many rows, as they come.
 
     Raises:
@@ -37,9 +37,9 @@ def table(source: str | Path, split: str | None, stream: int | None) -> tuple[Ro
     except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{source}: no such data, here or on the hub, or it cannot be read ({reason})") from None
-    native = isinstance(found, dict) and split in found
+    native = isinstance(found, dict) and len(found) > 1 and split is not None
     if isinstance(found, dict):
-        found = found[split if native else "train" if "train" in found else next(iter(found))]
+        found = found[_split(source, found, split)]
     pictures = [name for name, kind in (found.features or {}).items() if isinstance(kind, datasets.Image)]
     for name in pictures:
         found = found.cast_column(name, datasets.Image(decode=False))
@@ -60,6 +60,14 @@ def _load(datasets: Any, source: str | Path, **settings: Any) -> Any:
         saved = datasets.load_from_disk(str(source))
         return saved.to_iterable_dataset() if settings["streaming"] and not isinstance(saved, dict) else saved
     return datasets.load_dataset(str(source), **settings)
+
+
+def _split(source: str | Path, found: Mapping[str, Any], split: str | None) -> str:
+    if split is None or len(found) == 1:
+        return "train" if "train" in found else next(iter(found))
+    if split not in found:
+        raise UserError(f"{source}: comes with the splits {', '.join(found)}; choose one of them instead of {split!r}")
+    return split
 
 
 def _folder(source: Path) -> Path:
