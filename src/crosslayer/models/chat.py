@@ -9,6 +9,9 @@ from crosslayer.data.examples import Example
 from crosslayer.data.rows import IMAGE_MARK
 from crosslayer.errors import UserError
 
+STAND_IN = "@response@"
+"""Shows what a template puts before and after a response."""
+
 
 @dataclass(frozen=True)
 class Text:
@@ -60,16 +63,12 @@ def _templated(processor: Any, template: Any, example: Example, asked: list[str]
         prompt = template.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         if example.response is None:
             return Text(prompt, None, True)
-        answer = _message("assistant", example.response, image)
-        whole = template.apply_chat_template([*turns, answer], tokenize=False)
+        whole = template.apply_chat_template([*turns, _message("assistant", STAND_IN, image)], tokenize=False)
     except (TemplateError, TypeError, ValueError) as error:
         raise UserError(f"prompt {example.id!r}: the chat template refuses it ({error}); add --plain") from None
-    response = example.response.strip()
-    rest = whole.removeprefix(prompt) if whole.startswith(prompt) else ""
-    at = rest.find(response)
-    lead, end = (rest[:at], rest[at + len(response) :].rstrip()) if at >= 0 else ("", "")
-    end = end or _tokenizer(processor).eos_token or ""
-    return Text(f"{prompt}{lead}{response}{end}", len(prompt + lead), True)
+    lead, _, end = whole.removeprefix(prompt).partition(STAND_IN) if whole.startswith(prompt) else ("", "", "")
+    end = end.rstrip() or _tokenizer(processor).eos_token or ""
+    return Text(f"{prompt}{lead}{example.response.strip()}{end}", len(prompt + lead), True)
 
 
 def _template(processor: Any) -> Any:
