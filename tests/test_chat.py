@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from crosslayer import Example, UserError
 from crosslayer.models.chat import write
@@ -93,7 +93,7 @@ def test_a_tokenizers_template(prepared, kind, template, end):
 
 @pytest.mark.parametrize("kind", ["bytes", "blanks"])
 def test_a_processors_template(prepared, kind):
-    tokenizer, image = learned(kind), CLIPImageProcessor(size=96, crop_size=96)
+    tokenizer, image = learned(kind), CLIPImageProcessorPil(size=96, crop_size=96)
     settings = {"patch_size": 32, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     processor = LlavaProcessor(image, tokenizer, chat_template=VICUNA, **settings)
     for response in RESPONSES[:3]:
@@ -157,3 +157,17 @@ def test_a_batch_of_pictures_is_processed_at_once(llava, monkeypatch):
     monkeypatch.setattr(type(llava.processor.image_processor), "__call__", count)
     prepare(llava.model, llava.processor, [Example(str(i), "a cat", image=PICTURE) for i in range(5)])
     assert len(calls) == 1
+
+
+class Talkative(LlavaProcessor):
+    """A processor that adds something to the text, as PaliGemma's does."""
+
+    def __call__(self, images=None, text=None, **settings):
+        return super().__call__(images=images, text=[f"{line} ." for line in text], **settings)
+
+
+def test_a_processor_that_writes_behind_the_response_is_refused(llava, monkeypatch):
+    monkeypatch.setattr(llava.processor, "__class__", Talkative)
+    prepare(llava.model, llava.processor, [Example("a", "a cat", image=PICTURE)])
+    with pytest.raises(UserError, match="Talkative rewrites the response to an image; leave responses out"):
+        prepare(llava.model, llava.processor, [Example("a", "a cat", "no", PICTURE)])

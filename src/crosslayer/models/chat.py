@@ -9,6 +9,8 @@ from crosslayer.data.examples import Example
 from crosslayer.data.rows import IMAGE_MARK
 from crosslayer.errors import UserError
 
+TODAY = "26 Jul 2024"
+"""What Llama's templates take for the date; a true one would give other tokens every day."""
 STAND_IN = "@response@"
 """Shows what a template puts before and after a response."""
 
@@ -60,10 +62,11 @@ def _templated(processor: Any, template: Any, example: Example, asked: list[str]
     for (_, told), following in zip(example.history, asked[1:], strict=True):
         turns += [_message("assistant", told, image), _message("user", following, image)]
     try:
-        prompt = template.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        settings = {"tokenize": False, "date_string": TODAY}
+        prompt = template.apply_chat_template(turns, add_generation_prompt=True, **settings)
         if example.response is None:
             return Text(prompt, None, True)
-        whole = template.apply_chat_template([*turns, _message("assistant", STAND_IN, image)], tokenize=False)
+        whole = template.apply_chat_template([*turns, _message("assistant", STAND_IN, image)], **settings)
     except (TemplateError, TypeError, ValueError) as error:
         raise UserError(f"prompt {example.id!r}: the chat template refuses it ({error}); add --plain") from None
     lead, _, end = whole.removeprefix(prompt).partition(STAND_IN) if whole.startswith(prompt) else ("", "", "")

@@ -62,13 +62,15 @@ def prepare(model: PreTrainedModel, processor: Any, examples: Sequence[Example])
     seen = [place for place, picture in enumerate(pictures) if picture is not None]
     vision = _process(processor, [texts[i] for i in seen], [pictures[i] for i in seen], seen)
     ids = [_ids(tokenizer, e, text) for e, text in zip(examples, texts, strict=True)]
+    responses = [_response_ids(tokenizer, text) for text in texts]
     for row, place in enumerate(seen):
         ids[place] = vision["input_ids"][row][vision["attention_mask"][row].bool()].tolist()
+    _check_responses(processor, ids, responses)
     _check_lengths(model, ids, examples)
     inputs = _padded(model, ids, vision, seen, tokenizer.pad_token_id)
     tokens, attention = inputs["input_ids"], inputs["attention_mask"].bool()
     image = tokens == getattr(model.config, "image_token_id", -1)
-    lengths = [_response_length(tokenizer, text) for text in texts]
+    lengths = [None if response is None else len(response) for response in responses]
     return Batch(inputs, tokens, attention, image, _response_mask(attention, image, lengths))
 
 
@@ -178,13 +180,13 @@ def _padded(
     """Rows of unequal lengths as one batch, and what the processor made of the pictures, on the model's device.
 
     What it says of each token is padded like the tokens, with 0 where there is no picture, and left out where the
-    model does not ask for it.
+    model does not ask for it, and where it is what to train the model on.
     """
     inputs = {"input_ids": _left(ids, pad), "attention_mask": _left([[1] * len(row) for row in ids], 0)}
     asked_for = signature(model.forward).parameters
     for name, value in vision.items():
         if isinstance(value, Tensor) and value.shape == vision["input_ids"].shape:
-            if name not in inputs and name in asked_for:
+            if name not in (*inputs, "labels") and name in asked_for:
                 rows = [[0] * len(row) for row in ids]
                 for row, place in enumerate(seen):
                     rows[place] = value[row][vision["attention_mask"][row].bool()].tolist()
@@ -200,16 +202,24 @@ def _left(rows: list[list[int]], fill: int) -> Int[Tensor, "B P"]:
     return torch.tensor([[fill] * (P - len(row)) + row for row in rows], dtype=torch.long)
 
 
-def _response_length(tokenizer: Any, text: Text) -> int | None:
-    """Tokens of the response, counted in the text before images take their room; a token across its start is one."""
+def _response_ids(tokenizer: Any, text: Text) -> list[int] | None:
+    """Tokens of the response in the text before images take their room; a token across its start is one of them."""
     if text.response_start is None:
         return None
     settings = {"add_special_tokens": not text.complete, "verbose": False}
     if not tokenizer.is_fast:
         before = text.text[: text.response_start].rstrip(" ")
-        return len(tokenizer(text.text, **settings)["input_ids"]) - len(tokenizer(before, **settings)["input_ids"])
-    offsets = tokenizer(text.text, return_offsets_mapping=True, **settings)["offset_mapping"]
-    return sum(end > text.response_start for _, end in offsets)
+        return tokenizer(text.text, **settings)["input_ids"][len(tokenizer(before, **settings)["input_ids"]) :]
+    written = tokenizer(text.text, return_offsets_mapping=True, **settings)
+    pairs = zip(written["input_ids"], written["offset_mapping"], strict=True)
+    return [id for id, (_, end) in pairs if end > text.response_start]
+
+
+def _check_responses(processor: Any, ids: list[list[int]], responses: list[list[int] | None]) -> None:
+    """Refuse a processor that writes something behind the response, as PaliGemma's does."""
+    for row, response in zip(ids, responses, strict=True):
+        if response and row[-len(response) :] != response:
+            raise UserError(f"{type(processor).__name__} rewrites the response to an image; leave responses out")
 
 
 def _response_mask(attention: Tensor, image: Tensor, lengths: list[int | None]) -> Tensor:
