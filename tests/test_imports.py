@@ -16,7 +16,7 @@ FLOORS = (
     {"report"},
     {"demo"},
     {"workflow", "planning"},
-    {"evaluation", "respond"},
+    {"evaluation", "answering"},
     {"replacement"},
     {"training"},
     {"activations"},

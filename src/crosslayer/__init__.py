@@ -5,6 +5,7 @@ import os
 # Idle OpenMP threads sleep instead of spinning: beside another busy process, spinning made a capture 12 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from crosslayer.answering import Answering, respond
 from crosslayer.coders.decoders import Full, LowRank, SourceAndTargetTied, SourceTied, TargetTied
 from crosslayer.coders.sparsity import BatchTopK, GroupMax, JointTopK, JumpReLU, ReLU, TopK
 from crosslayer.coders.transcoder import CrossLayerTranscoder
@@ -14,7 +15,6 @@ from crosslayer.errors import UserError
 from crosslayer.evaluation import Evaluation, evaluate
 from crosslayer.models.load import LoadedModel, load_model
 from crosslayer.replacement.model import ReplacementModel
-from crosslayer.respond import Answering, respond
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.losses import FVU, KL, CrossEntropy
 from crosslayer.training.optimizers import Adam, Adam8bit, AdamW, Muon

@@ -11,11 +11,13 @@ import transformers
 import tyro
 from tyro.conf import Positional, arg
 
+from crosslayer.answering import Answering
+from crosslayer.answering import respond as run_respond
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Example, Examples
 from crosslayer.data.images import open_image
 from crosslayer.data.load import EMOJI_SCENES, load_data, read_data
-from crosslayer.data.reading import Reading
+from crosslayer.data.reading import KINDS, Reading
 from crosslayer.demo import DEFAULT_TOKENS, MODEL, run_demo
 from crosslayer.eleuther_options import translate
 from crosslayer.errors import UserError
@@ -34,8 +36,6 @@ from crosslayer.planning import estimate
 from crosslayer.replacement.model import ReplacementModel
 from crosslayer.replacement.model import generate as run_generation
 from crosslayer.report import comparison_table, cost_table, evaluation_table, inspection, side_by_side, write_report
-from crosslayer.respond import Answering
-from crosslayer.respond import respond as run_respond
 from crosslayer.wiring import Wiring
 from crosslayer.workflow import RUN_FILES, adopt
 from crosslayer.workflow import train as run_training
@@ -48,10 +48,7 @@ READERS: dict[str, Any] = {
 WRITERS: dict[str, Any] = {"eleuther": write_eleuther, "circuit-tracer": write_circuit_tracer}
 
 Model = Annotated[Positional[str], arg(metavar="MODEL", help="Bundled name (emoji-llava), model folder, or hub id.")]
-Data = Annotated[
-    Positional[str],
-    arg(metavar="DATA", help="File, folder, `datasets` id, emoji-scenes or model-samples; docs/data.md has them all."),
-]
+Data = Annotated[Positional[str], arg(metavar="DATA", help=KINDS)]
 Run = Annotated[Positional[str], arg(metavar="RUN", help="Folder of a trained transcoder, or its hub id.")]
 HowRead = Annotated[Reading, arg(name="")]
 Read = Annotated[str, arg(help="What the encoders read: resid (before the MLP's norm) or mlp_in (after).")]

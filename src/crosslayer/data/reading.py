@@ -8,6 +8,11 @@ from crosslayer.data.skipped import BAD_SHARE
 from crosslayer.data.splits import SPLITS
 from crosslayer.errors import UserError
 
+KINDS = (
+    "Text file (an example a line), JSON lines, LLaVA or COCO JSON, parquet or CSV, folder of images or texts, "
+    "`datasets` folder or id (id:configuration), YAML mixture, emoji-scenes, or model-samples; see docs/data.md."
+)
+"""What DATA can be, for the help of every verb that takes it."""
 COLUMNS = ("prompt", "response", "image")
 """What a column can be named for."""
 
