@@ -17,7 +17,7 @@ from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Example, Examples
 from crosslayer.data.images import open_image
 from crosslayer.data.load import EMOJI_SCENES, load_data, read_data
-from crosslayer.data.reading import KINDS, Reading
+from crosslayer.data.reading import DATA_KINDS, Reading
 from crosslayer.demo import DEFAULT_TOKENS, MODEL, run_demo
 from crosslayer.eleuther_options import translate
 from crosslayer.errors import UserError
@@ -48,7 +48,7 @@ READERS: dict[str, Any] = {
 WRITERS: dict[str, Any] = {"eleuther": write_eleuther, "circuit-tracer": write_circuit_tracer}
 
 Model = Annotated[Positional[str], arg(metavar="MODEL", help="Bundled name (emoji-llava), model folder, or hub id.")]
-Data = Annotated[Positional[str], arg(metavar="DATA", help=KINDS)]
+Data = Annotated[Positional[str], arg(metavar="DATA", help=DATA_KINDS)]
 Run = Annotated[Positional[str], arg(metavar="RUN", help="Folder of a trained transcoder, or its hub id.")]
 HowRead = Annotated[Reading, arg(name="")]
 Read = Annotated[str, arg(help="What the encoders read: resid (before the MLP's norm) or mlp_in (after).")]

@@ -9,7 +9,7 @@ from tyro.conf import Positional, arg
 from crosslayer.coders.decoders import DECODERS, read_decoder
 from crosslayer.coders.sparsity import KINDS, Sparsity, read_sparsity
 from crosslayer.coders.transcoder import CrossLayerTranscoder
-from crosslayer.data.reading import KINDS, Reading
+from crosslayer.data.reading import DATA_KINDS, Reading
 from crosslayer.errors import UserError
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.losses import LOSSES, read_loss
@@ -33,7 +33,7 @@ class TrainOptions:
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Bundled name (emoji-llava), model folder, or hub id."""
-    data: Annotated[Positional[str], arg(metavar="DATA", help=KINDS)]
+    data: Annotated[Positional[str], arg(metavar="DATA", help=DATA_KINDS)]
     out: Path
     """Folder of the run."""
     reading: Annotated[Reading, arg(name="")] = Reading()  # noqa: RUF009

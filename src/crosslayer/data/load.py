@@ -31,6 +31,10 @@ BUNDLED = (EMOJI_SCENES, MODEL_SAMPLES)
 MIXTURES = (".yaml", ".yml")
 PART_SETTINGS = ("images", "prompt", "columns", "plain", "context", "stream")
 """What each part of a mixture may have of its own, beside `data` and `weight`."""
+READERS = {".jsonl": json_lines, ".ndjson": json_lines, ".json": json_file}
+"""Of files by how they end; those that end otherwise are text, or tables."""
+FILES = {*READERS, *tables.SUFFIXES, *folders.TEXTS, *MIXTURES}
+"""Endings that no id on the hub has."""
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -140,15 +144,14 @@ def _rows(source: str | Path, reading: Reading) -> tuple[Rows, bool]:
     if path.is_dir():
         return _folder(path, reading)
     if not path.is_file():
-        if isinstance(source, Path) or path.suffix or not HUB_ID.fullmatch(source):
+        if isinstance(source, Path) or suffix in FILES or not HUB_ID.fullmatch(source):
             raise UserError(
                 f"{source}: no such data; give a file, a folder, an id on the hub or one of {', '.join(BUNDLED)}"
             )
         return tables.table(source, reading.split, reading.stream)
     if suffix in tables.SUFFIXES:
         return tables.table(path, reading.split, reading.stream)
-    readers = {".jsonl": json_lines, ".ndjson": json_lines, ".json": json_file}
-    return readers.get(suffix, text_lines)(path), False
+    return READERS.get(suffix, text_lines)(path), False
 
 
 def _folder(path: Path, reading: Reading) -> tuple[Rows, bool]:

@@ -8,7 +8,7 @@ from crosslayer.data.skipped import BAD_SHARE
 from crosslayer.data.splits import SPLITS
 from crosslayer.errors import UserError
 
-KINDS = (
+DATA_KINDS = (
     "Text file (an example a line), JSON lines, LLaVA or COCO JSON, parquet or CSV, folder of images or texts, "
     "`datasets` folder or id (id:configuration), YAML mixture, emoji-scenes, or model-samples; see docs/data.md."
 )
