@@ -149,6 +149,7 @@ def test_wrong_data_sets_are_named(folder):
         ({"bad_share": 1.5}, "--bad-share is 1.5; choose between 0 and 1"),
         ({"columns": ("promt=x",)}, "'promt=x'; write NAME=COLUMN with NAME one of prompt, response, image"),
         ({"context": 64}, "holds prompts, not running text"),
+        ({"prompt": "who ?"}, "--prompt says nothing about this kind of data"),
     ],
 )
 def test_numbers_and_splits_that_are_none_are_refused(settings, named):

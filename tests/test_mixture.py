@@ -85,5 +85,5 @@ def test_bad_rows_of_all_parts_are_noted(files):
 def test_wrong_mixtures_are_named(files, lines, named):
     with pytest.raises(UserError, match=named):
         load_data(mixture(files, *lines))
-    with pytest.raises(UserError, match="--context does not go with a mixture"):
+    with pytest.raises(UserError, match="--context says nothing about this kind of data"):
         load_data(mixture(files, "- {data: text.txt}"), context=8)

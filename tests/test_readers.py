@@ -58,6 +58,19 @@ def test_a_folder_of_images_is_asked_one_prompt(photos):
         load_data(photos)
 
 
+def test_what_lies_beside_images_decides_what_a_folder_is(photos):
+    (photos / "llava.json").write_text("[]")
+    assert len(load_data(photos, prompt="what is it ?")) == 3
+    named = [{"file_name": "b.png", "question": "who ?"}, {"file_name": "a.jpg", "question": "what ?"}]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, named)))
+    (photos / "llava.json").unlink()
+    (photos / "more" / "c.webp").unlink()
+    (photos / "notes.txt").rename(photos.parent / "notes.txt")
+    assert shown(load_data(photos)) == [("who ?", None, (255, 0, 0)), ("what ?", None, (0, 0, 254))]
+    with pytest.raises(UserError, match="notes.txt: --stream says nothing about this kind of data"):
+        load_data(photos.parent / "notes.txt", stream=3)
+
+
 def test_a_folder_of_texts_is_a_document_a_file(tmp_path):
     for name in ("b.txt", "a.md", "x.py"):
         (tmp_path / name).write_text(f"all of\n{name}\n")

@@ -122,10 +122,13 @@ def read_data(
 def _read(source: str | Path, reading: Reading, model: Any, n: int | None, seed: int) -> Examples:
     path = Path(source)
     if str(source) == EMOJI_SCENES:
+        _refuse(source, reading, "images", "prompt", "columns", "plain", "stream")
         examples = _emoji_scenes(N_SCENES if n is None else n, reading.split or "train", seed)
     elif str(source) == MODEL_SAMPLES:
+        _refuse(source, reading, "images", "prompt", "columns", "plain", "stream", "split")
         return model_samples(model, N_SAMPLES if n is None else n, reading.context or LENGTH, seed)
     elif path.suffix in MIXTURES and path.is_file():
+        _refuse(source, reading, "context", "stream")
         return _mixture(path, reading, model, seed)[slice(n)]
     else:
         rows, native = _rows(source, reading)
@@ -151,17 +154,25 @@ def _rows(source: str | Path, reading: Reading) -> tuple[Rows, bool]:
         return tables.table(source, reading.split, reading.stream)
     if suffix in tables.SUFFIXES:
         return tables.table(path, reading.split, reading.stream)
+    _refuse(source, reading, "stream")
     return READERS.get(suffix, text_lines)(path), False
 
 
 def _folder(path: Path, reading: Reading) -> tuple[Rows, bool]:
-    """A folder by what is in it: tables before images before texts."""
-    names = [*tables.SUFFIXES, ".jsonl", ".json"]
-    if folders.files(path, tuple(names)):
+    """A folder by what is in it: tables, unless they merely lie beside images, then images, then texts."""
+    listed = [Path(name) for name in folders.files(path, (*tables.SUFFIXES, ".jsonl", ".json"))]
+    pictures = bool(folders.files(path, SUFFIXES))
+    if listed and (not pictures or any(name.stem == "metadata" or name.suffix in tables.BINARY for name in listed)):
         return tables.table(path, reading.split, reading.stream)
-    if folders.files(path, SUFFIXES):
-        return image_folder(path), False
-    return text_folder(path), False
+    _refuse(path, reading, "stream")
+    return image_folder(path) if pictures else text_folder(path), False
+
+
+def _refuse(source: str | Path, reading: Reading, *names: str) -> None:
+    """Refuse settings that say nothing about this kind of data, rather than ignore them."""
+    for name in names:
+        if getattr(reading, name) != getattr(Reading(), name):
+            raise UserError(f"{source}: --{name} says nothing about this kind of data; leave it out (see docs/data.md)")
 
 
 def _chosen(rows: Rows, reading: Reading, n: int | None) -> Examples:
@@ -220,8 +231,6 @@ def _mixture(path: Path, reading: Reading, model: Any, seed: int) -> Examples:
         folder = {"images": path.parent / part["images"]} if "images" in part else {}
         return replace(reading, **{**part, **folder, "columns": tuple(part.get("columns", reading.columns))})
 
-    if reading.context is not None:
-        raise UserError(f"{path}: --context does not go with a mixture; write context: into its parts of text")
     parts, weights, skipped = [], [], Skipped(reading.bad_share)
     for number, (data, weight, own) in enumerate(read_mixture(path, settings), 1):
         beside = path.parent / data

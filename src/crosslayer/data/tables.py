@@ -12,6 +12,8 @@ from crosslayer.errors import UserError
 
 SUFFIXES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv"}
 """Files that are tables, with the builder of `datasets` that reads them."""
+BINARY = (".parquet", ".arrow")
+"""Files that cannot but be tables."""
 SAVED = ("dataset_dict.json", "state.json")
 """What marks a folder that `save_to_disk` wrote."""
 BLOCK = 1000

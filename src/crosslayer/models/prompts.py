@@ -142,19 +142,21 @@ def _process(processor: Any, texts: list[Text], pictures: list[Image.Image], pla
             raise BadExamples(
                 {places[0]: f"{type(processor).__name__} refuses the image or its text ({reason})"}
             ) from error
-        raise BadExamples(_refused(processor, texts, pictures, places)) from error
+        if refused := _refused(processor, texts, pictures, places):
+            raise BadExamples(refused) from error
+        raise UserError(f"{type(processor).__name__} takes each of these images, but not together ({error})") from error
     return dict(inputs)
 
 
 def _refused(processor: Any, texts: list[Text], pictures: list[Image.Image], places: list[int]) -> dict[int, str]:
-    """Why the processor refuses those that it refuses when each is alone; all of them, if only together."""
+    """Why the processor refuses those that it refuses when each is alone."""
     reasons = {}
     for text, picture, place in zip(texts, pictures, places, strict=True):
         try:
             _process(processor, [text], [picture], [place])
         except BadExamples as bad:
             reasons |= bad.reasons
-    return reasons or dict.fromkeys(places, f"{type(processor).__name__} takes each of these images, but not together")
+    return reasons
 
 
 def _ids(tokenizer: Any, example: Example, text: Text) -> list[int]:
@@ -165,13 +167,13 @@ def _ids(tokenizer: Any, example: Example, text: Text) -> list[int]:
 
 def _check_lengths(model: PreTrainedModel, ids: list[list[int]], examples: Sequence[Example]) -> None:
     limit = context_limit(model)
-    long = {
+    wrong = {
         place: f"prompt {e.id!r} has {len(row)} tokens; the model's context holds {limit}"
         for place, (row, e) in enumerate(zip(ids, examples, strict=True))
-        if len(row) > limit
+        if not 0 < len(row) <= limit
     }
-    if long:
-        raise BadExamples(long)
+    if wrong:
+        raise BadExamples(wrong)
 
 
 def _padded(
@@ -185,14 +187,13 @@ def _padded(
     inputs = {"input_ids": _left(ids, pad), "attention_mask": _left([[1] * len(row) for row in ids], 0)}
     asked_for = signature(model.forward).parameters
     for name, value in vision.items():
-        if isinstance(value, Tensor) and value.shape == vision["input_ids"].shape:
-            if name not in (*inputs, "labels") and name in asked_for:
-                rows = [[0] * len(row) for row in ids]
-                for row, place in enumerate(seen):
-                    rows[place] = value[row][vision["attention_mask"][row].bool()].tolist()
-                inputs[name] = _left(rows, 0)
-        else:
+        if not isinstance(value, Tensor) or value.shape != vision["input_ids"].shape:
             inputs[name] = value
+        elif name not in (*inputs, "labels") and name in asked_for:
+            rows = [[0] * len(row) for row in ids]
+            for row, place in enumerate(seen):
+                rows[place] = value[row][vision["attention_mask"][row].bool()].tolist()
+            inputs[name] = _left(rows, 0)
     return {n: value.to(model.device) if isinstance(value, Tensor) else value for n, value in inputs.items()}
 
 
