@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from crosslayer import Answering, UserError, load_data, load_model, respond
+from crosslayer import Answering, UserError, answering, load_data, load_model, respond
 from crosslayer.data.examples import Example, Examples
 from crosslayer.replacement.model import generate
 
@@ -93,22 +93,23 @@ def test_sampled_answers_are_alike_for_a_seed(llava, asked, tmp_path):
     assert a == b != c
 
 
-def interrupted(data: Examples, at: int) -> Examples:
-    """The data set, which interrupts when its example number `at` is asked for."""
+def test_an_interruption_keeps_whole_batches(llava, asked, tmp_path, monkeypatch):
+    left = iter((answering.continuation, answering.continuation))
 
-    def make(i: int) -> Example:
-        if i == at:
+    def interrupted(*args, **sampling):
+        generate = next(left, None)
+        if generate is None:
             raise KeyboardInterrupt
-        return data.make(i)
+        return generate(*args, **sampling)
 
-    return Examples(data.name, data.n, make, data.skipped)
-
-
-def test_an_interruption_keeps_whole_batches(llava, asked, tmp_path):
     respond(llava, load(asked), tmp_path / "whole.jsonl", FEW)
     out = tmp_path / "broken.jsonl"
-    with pytest.raises(KeyboardInterrupt, match="stopped after 8 of 21 prompts; the same command with --resume"):
-        respond(llava, interrupted(load(asked), 10), out, FEW)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(KeyboardInterrupt, match="stopped after 8 of 21 prompts; the same"),
+    ):
+        patch.setattr(answering, "continuation", interrupted)
+        respond(llava, load(asked), out, FEW)
     assert not out.exists()
     with (tmp_path / "broken.jsonl.unfinished").open("a") as file:
         file.write('[{"id": "asked.js')

@@ -148,7 +148,7 @@ def test_wrong_data_sets_are_named(folder):
         ({"context": 0}, "--context is 0"),
         ({"bad_share": 1.5}, "--bad-share is 1.5; choose between 0 and 1"),
         ({"columns": ("promt=x",)}, "'promt=x'; write NAME=COLUMN with NAME one of prompt, response, image"),
-        ({"context": 64}, "holds prompts, not running text"),
+        ({"context": 64}, "--context says nothing about this kind of data"),
         ({"prompt": "who ?"}, "--prompt says nothing about this kind of data"),
     ],
 )

@@ -39,6 +39,8 @@ def test_messages_of_chat_templates_are_conversations_too():
         ({"prompt": "p", "text": "r", "question_id": 3, "model_id": "m"}, Example("r:1", "p", "r")),
         ({"question_id": 1, "image": "a.jpg", "text": "p", "label": "yes"}, Example("r:1", "p", "yes", PHOTO)),
         ({"image": "a.jpg", "caption": "r"}, Example("r:1", "what is it ?", "r", PHOTO)),
+        ({"image": "a.jpg", "label": "cat"}, Example("r:1", "what is it ?", "cat", PHOTO)),
+        ({"prompt": "p", "text": {"raw": 1}, "form": 7}, Example("r:1", "p")),
         ({"image": "a.jpg", "label": 3}, Example("r:1", "what is it ?", None, PHOTO)),
         ({"text": "t"}, Example("r:1", "t", form="text")),
         ({"text": "t", "label": 1}, Example("r:1", "t", form="text")),

@@ -122,18 +122,17 @@ def read_data(
 def _read(source: str | Path, reading: Reading, model: Any, n: int | None, seed: int) -> Examples:
     path = Path(source)
     if str(source) == EMOJI_SCENES:
-        _refuse(source, reading, "images", "prompt", "columns", "plain", "stream")
-        examples = _emoji_scenes(N_SCENES if n is None else n, reading.split or "train", seed)
-    elif str(source) == MODEL_SAMPLES:
+        _refuse(source, reading, "images", "prompt", "columns", "plain", "stream", "context")
+        return _emoji_scenes(N_SCENES if n is None else n, reading.split or "train", seed)
+    if str(source) == MODEL_SAMPLES:
         _refuse(source, reading, "images", "prompt", "columns", "plain", "stream", "split")
         return model_samples(model, N_SAMPLES if n is None else n, reading.context or LENGTH, seed)
-    elif path.suffix in MIXTURES and path.is_file():
+    if path.suffix in MIXTURES and path.is_file():
         _refuse(source, reading, "context", "stream")
         return _mixture(path, reading, model, seed)[slice(n)]
-    else:
-        rows, native = _rows(source, reading)
-        whole = replace(reading, split=None) if native else reading
-        examples = _chosen(rows, whole, n if reading.context is None else None)
+    rows, native = _rows(source, reading)
+    whole = replace(reading, split=None) if native else reading
+    examples = _chosen(rows, whole, n if reading.context is None else None)
     if reading.context is None:
         return examples
     if examples[0].form != "text":

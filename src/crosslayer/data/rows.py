@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class RowReader:
         """
         turns = row.get("conversations", row.get("messages"))
         example = self._of_columns(id, row) if turns is None else self._of_turns(id, row, turns)
-        return Example(**{**vars(example), "form": "text"}) if self.plain else example
+        return replace(example, form="text") if self.plain else example
 
     def _of_turns(self, id: str, row: Mapping[str, Any], turns: Any) -> Example:
         said = [_turn(id, turn) for turn in turns] if isinstance(turns, Sequence) and not isinstance(turns, str) else []
@@ -78,25 +78,22 @@ class RowReader:
     def _of_columns(self, id: str, row: Mapping[str, Any]) -> Example:
         image = self._image(id, row)
         prompt, response = self._text(id, row, "prompt", PROMPT), self._text(id, row, "response", RESPONSE)
-        text = _string(id, row, "text")
-        if prompt is None and (image is not None or response is not None):
-            prompt, text = text, None
-            response = _string(id, row, "label", strict=False) if response is None else response
-        if prompt is None and text is not None:
+        text, label = (value if isinstance(value, str) else None for value in (row.get("text"), row.get("label")))
+        if text is not None and prompt is None and response is None and image is None:
             return Example(id, text, form="text")
-        prompt = self.prompt if prompt is None and image is not None else prompt
+        if prompt is None:
+            prompt, text = text, label
         if prompt is None and image is not None:
-            raise UserError(f"{id}: has an image and no prompt; say what to ask with --prompt")
+            prompt = self._what_to_ask(id)
         if prompt is None:
             raise UserError(f"{id}: needs a string under 'prompt' (or 'text'); found {_short(dict(row))}")
-        return Example(
-            id,
-            prompt,
-            text if response is None else response,
-            image,
-            _history(id, row.get("history") or ()),
-            row.get("form", "chat"),
-        )
+        response, history = text if response is None else response, _history(id, row.get("history") or ())
+        return Example(id, prompt, response, image, history, "text" if row.get("form") == "text" else "chat")
+
+    def _what_to_ask(self, id: str) -> str:
+        if self.prompt is None:
+            raise UserError(f"{id}: has an image and no prompt; say what to ask with --prompt")
+        return self.prompt
 
     def _text(self, id: str, row: Mapping[str, Any], what: str, keys: Sequence[str]) -> str | None:
         named = self.columns.get(what)
@@ -119,13 +116,11 @@ class RowReader:
         return self.images / value if isinstance(value, str) and value else value or None
 
 
-def _string(id: str, row: Mapping[str, Any], key: str, *, strict: bool = True) -> str | None:
+def _string(id: str, row: Mapping[str, Any], key: str) -> str | None:
     value = row.get(key)
-    if isinstance(value, str | None):
-        return value
-    if strict:
+    if not isinstance(value, str | None):
         raise UserError(f"{id}: needs a string under {key!r}, where there is one; found {_short(value)}")
-    return None
+    return value
 
 
 def _history(id: str, turns: Any) -> tuple[tuple[str, str], ...]:

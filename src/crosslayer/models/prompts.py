@@ -61,8 +61,8 @@ def prepare(model: PreTrainedModel, processor: Any, examples: Sequence[Example])
     texts = _each(paired, lambda pair: write(processor, pair[0], pair[1] is not None))
     seen = [place for place, picture in enumerate(pictures) if picture is not None]
     vision = _process(processor, [texts[i] for i in seen], [pictures[i] for i in seen], seen)
-    ids = [_ids(tokenizer, e, text) for e, text in zip(examples, texts, strict=True)]
-    responses = [_response_ids(tokenizer, text) for text in texts]
+    written = [_tokens(tokenizer, e, text) for e, text in zip(examples, texts, strict=True)]
+    ids, responses = [row[0] for row in written], [row[1] for row in written]
     for row, place in enumerate(seen):
         ids[place] = vision["input_ids"][row][vision["attention_mask"][row].bool()].tolist()
     _check_responses(processor, ids, responses)
@@ -75,12 +75,13 @@ def prepare(model: PreTrainedModel, processor: Any, examples: Sequence[Example])
 
 
 def prepare_good(
-    model: PreTrainedModel, processor: Any, data: Sequence[Example], numbers: Sequence[int]
+    model: PreTrainedModel, processor: Any, data: Sequence[Any], numbers: Sequence[int]
 ) -> tuple[Batch | None, list[int]]:
     """The examples of a data set with these numbers as a batch, without the bad ones, and the numbers of those in it.
 
     Bad ones are skipped only where the data set takes note of them, as `load_data`'s do; which they are depends on
-    nothing but the data and the model. The batch is None when all of them are bad.
+    nothing but the data and the model. The batch is None when all of them are bad. `data` is a sequence of examples, of
+    which no others are made.
 
     Raises:
         UserError: when more are bad than the data set puts up with, or it takes no notes.
@@ -159,10 +160,22 @@ def _refused(processor: Any, texts: list[Text], pictures: list[Image.Image], pla
     return reasons
 
 
-def _ids(tokenizer: Any, example: Example, text: Text) -> list[int]:
+def _tokens(tokenizer: Any, example: Example, text: Text) -> tuple[list[int], list[int] | None]:
+    """Tokens of the text, before images take their room, and those of its response, where there is one.
+
+    A token that lies across the beginning of the response is one of it.
+    """
     if example.tokens is not None:
-        return list(example.tokens)
-    return tokenizer(text.text, add_special_tokens=not text.complete, verbose=False)["input_ids"]
+        return list(example.tokens), None
+    settings = {"add_special_tokens": not text.complete, "verbose": False}
+    if text.response_start is None:
+        return tokenizer(text.text, **settings)["input_ids"], None
+    if not tokenizer.is_fast:
+        ids = tokenizer(text.text, **settings)["input_ids"]
+        return ids, ids[len(tokenizer(text.text[: text.response_start].rstrip(" "), **settings)["input_ids"]) :]
+    written = tokenizer(text.text, return_offsets_mapping=True, **settings)
+    ids, ends = written["input_ids"], [end for _, end in written["offset_mapping"]]
+    return ids, [id for id, end in zip(ids, ends, strict=True) if end > text.response_start]
 
 
 def _check_lengths(model: PreTrainedModel, ids: list[list[int]], examples: Sequence[Example]) -> None:
@@ -201,19 +214,6 @@ def _left(rows: list[list[int]], fill: int) -> Int[Tensor, "B P"]:
     """The rows one below the other, padded on the left."""
     P = max(len(row) for row in rows)
     return torch.tensor([[fill] * (P - len(row)) + row for row in rows], dtype=torch.long)
-
-
-def _response_ids(tokenizer: Any, text: Text) -> list[int] | None:
-    """Tokens of the response in the text before images take their room; a token across its start is one of them."""
-    if text.response_start is None:
-        return None
-    settings = {"add_special_tokens": not text.complete, "verbose": False}
-    if not tokenizer.is_fast:
-        before = text.text[: text.response_start].rstrip(" ")
-        return tokenizer(text.text, **settings)["input_ids"][len(tokenizer(before, **settings)["input_ids"]) :]
-    written = tokenizer(text.text, return_offsets_mapping=True, **settings)
-    pairs = zip(written["input_ids"], written["offset_mapping"], strict=True)
-    return [id for id, (_, end) in pairs if end > text.response_start]
 
 
 def _check_responses(processor: Any, ids: list[list[int]], responses: list[list[int] | None]) -> None:
