@@ -16,7 +16,7 @@ FLOORS = (
     {"report"},
     {"demo"},
     {"workflow", "planning"},
-    {"evaluation"},
+    {"evaluation", "answering"},
     {"replacement"},
     {"training"},
     {"activations"},
@@ -131,6 +131,12 @@ def test_the_zoo_needs_nothing_above_it():
 def test_imports_stand_at_the_top_of_their_file():
     for name in SOURCES:
         assert imports(name) == imports(name, top_only=True), name
+
+
+def test_tables_alone_import_what_reads_them():
+    heavy = {"datasets", "pyarrow", "pandas"}
+    assert [name for name in SOURCES if {m.split(".")[0] for m in imports(name)} & heavy] == []
+    assert 'import_module("datasets")' in SOURCES["crosslayer.data.tables"].read_text()
 
 
 def test_nothing_is_ever_unpickled():

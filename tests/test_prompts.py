@@ -86,6 +86,7 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end_mark(llama_folder):
         (Example("p7", "what is <image> ?"), "prompt 'p7': 1 <image> marks but 0 image"),
         (Example("p7", "a cat " * 70), "prompt 'p7' has 141 tokens; the model's context holds 128"),
         (Example("p7", "a cat", "a dog " * 70), "prompt 'p7' has 144 tokens"),
+        (Example("p7", "", tokens=()), "prompt 'p7' has 0 tokens"),
         (Example("p7", "a cat", image=Path("/no/such.png")), "/no/such.png: no such image"),
     ],
 )

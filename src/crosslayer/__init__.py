@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from crosslayer.activations.store import Store
 from crosslayer.activations.to_store import capture_to_store as capture
+from crosslayer.answering import Answering, respond
 from crosslayer.coders.decoders import Full, LowRank, SourceAndTargetTied, SourceTied, TargetTied
 from crosslayer.coders.sparsity import BatchTopK, GroupMax, JointTopK, JumpReLU, ReLU, TopK
 from crosslayer.coders.transcoder import CrossLayerTranscoder
@@ -29,6 +30,7 @@ __all__ = [
     "Adam",
     "Adam8bit",
     "AdamW",
+    "Answering",
     "AuxK",
     "BatchTopK",
     "CrossEntropy",
@@ -57,6 +59,7 @@ __all__ = [
     "evaluate",
     "load_data",
     "load_model",
+    "respond",
     "train",
     "train_from_store",
 ]

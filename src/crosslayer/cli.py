@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -17,9 +18,13 @@ from crosslayer.activations.from_batches import store_batches
 from crosslayer.activations.store import Store
 from crosslayer.activations.to_store import capture_to_store
 from crosslayer.activations.writer import SHARD_BYTES
+from crosslayer.answering import Answering
+from crosslayer.answering import respond as run_respond
 from crosslayer.coders.transcoder import CrossLayerTranscoder
-from crosslayer.data.examples import Example, Examples, open_image
-from crosslayer.data.load import EMOJI_SCENES, load_data
+from crosslayer.data.examples import Example, Examples
+from crosslayer.data.images import open_image
+from crosslayer.data.load import EMOJI_SCENES, load_data, read_data
+from crosslayer.data.reading import DATA_KINDS, Reading
 from crosslayer.demo import DEFAULT_TOKENS, MODEL, run_demo
 from crosslayer.eleuther_options import translate
 from crosslayer.errors import UserError
@@ -63,9 +68,9 @@ READERS: dict[str, Any] = {
 WRITERS: dict[str, Any] = {"eleuther": write_eleuther, "circuit-tracer": write_circuit_tracer}
 
 Model = Annotated[Positional[str], arg(metavar="MODEL", help="Bundled name (emoji-llava), model folder, or hub id.")]
-Data = Annotated[Positional[str], arg(metavar="DATA", help="emoji-scenes, a text file (a line each), or JSON lines.")]
+Data = Annotated[Positional[str], arg(metavar="DATA", help=DATA_KINDS)]
 Run = Annotated[Positional[str], arg(metavar="RUN", help="Folder of a trained transcoder, or its hub id.")]
-Images = Annotated[Path | None, arg(help="Folder that image paths in DATA are relative to; DATA's own by default.")]
+HowRead = Annotated[Reading, arg(name="")]
 Read = Annotated[str, arg(help="What the encoders read: resid (before the MLP's norm) or mlp_in (after).")]
 Revision = Annotated[str | None, arg(help="Revision of a hub id.")]
 Seed = Annotated[int, arg(help="Seed of the weights and of the order of the data.")]
@@ -114,6 +119,7 @@ def train(options: Annotated[TrainOptions, arg(name="")]) -> None:
     EleutherAI's option names (--cross_layer, --coalesce_topk, ...) work too.
     """
     start = None if options.finetune is None else CrossLayerTranscoder.load(options.finetune)
+    data = None
     if options.store is not None:
         store = Store(options.store)
         options.check_store(store.manifest)
@@ -134,13 +140,14 @@ def train(options: Annotated[TrainOptions, arg(name="")]) -> None:
             f"trained on {counted['tokens']:,} tokens; left out {counted['first_left_out']:,} first positions "
             f"and {counted['outliers_left_out']:,} norm outliers\nnext: crosslayer evaluate {run}"
         )
+    _print_skipped(data)
 
 
 def capture(
     model: Model,
     data: Data,
     out: Annotated[Path, arg(help="Folder of the store.")],
-    images: Images = None,
+    reading: HowRead = Reading(),  # noqa: B008
     tokens: Annotated[int | None, arg(help="Tokens to keep.")] = None,
     prompts: Annotated[int | None, arg(help="Prompts to keep all tokens of; by default all of DATA once.")] = None,
     dtype: Annotated[str, arg(help="bf16, fp32, or int8 with a scale for each token and layer.")] = "bf16",
@@ -154,9 +161,10 @@ def capture(
 ) -> None:
     """Keep what a model's MLPs read and write on disk; the room needed is said first; resumable."""
     loaded = load_model(model, revision=revision, read=read)
+    examples = read_data(data, reading, loaded)
     store = capture_to_store(
         loaded,
-        load_data(data, images, loaded),
+        examples,
         out,
         tokens=tokens,
         prompts=prompts,
@@ -168,6 +176,7 @@ def capture(
         overwrite=overwrite,
     )
     print(f"{store_table(store)}\n\nnext: crosslayer train {model} --store {out} --out RUN")
+    _print_skipped(examples)
 
 
 def store(
@@ -188,17 +197,21 @@ def evaluate(
     data: Annotated[
         Positional[str | None], arg(help="Held-out data; the bundled scenes for the bundled model.")
     ] = None,
-    images: Images = None,
+    reading: HowRead = Reading(),  # noqa: B008
     prompts: Annotated[int, arg(help="How many examples to use at most.")] = 128,
     json: Annotated[Path | None, arg(help="File for all figures, per layer and modality too.")] = None,
     model: OtherModel = None,
 ) -> None:
     """Measure how well a run's replacement model stands in for the original."""
     coder, loaded = _load_run(run, model)
-    result = run_evaluation(loaded, coder, _held_out(loaded, data, images, prompts))
+    examples = _held_out(loaded, data, reading, prompts)
+    if json is not None:
+        examples.skipped.list_in(json.with_suffix(".skipped.jsonl"))
+    result = run_evaluation(loaded, coder, examples)
     if json is not None:
         write_text(json, result.to_json() + "\n")
     print("\n".join([*remarks(coder), evaluation_table(result)]))
+    _print_skipped(examples)
 
 
 def generate(
@@ -221,6 +234,25 @@ def generate(
     original = run_generation(loaded, examples, **settings)[0]
     replaced = ReplacementModel(loaded, coder).generate_batch(examples, **settings)[0]
     print(side_by_side({"original": original, "replacement": replaced}))
+
+
+def respond(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, arg(help="File of JSON lines: id, image, prompt, response; it can be DATA again.")],
+    reading: HowRead = Reading(),  # noqa: B008
+    prompts: Annotated[int | None, arg(help="How many examples to answer at most; all by default.")] = None,
+    answering: Annotated[Answering, arg(name="")] = Answering(),  # noqa: B008
+    revision: Revision = None,
+    resume: Annotated[bool, arg(help="Go on after an interruption, to the answers of an unbroken run.")] = False,
+    overwrite: Annotated[bool, arg(help="Replace an earlier file of answers.")] = False,
+) -> None:
+    """Let a model answer every prompt of DATA, greedily by default, and keep prompts, images and answers."""
+    loaded = load_model(model, revision=revision)
+    examples = read_data(data, reading, loaded, n=prompts)
+    n = run_respond(loaded, examples, out, answering, resume=resume, overwrite=overwrite)
+    print(f"{out}: {n:,} answers\nnext: crosslayer train {model} {out} --out RUN")
+    _print_skipped(examples)
 
 
 def import_(
@@ -305,6 +337,7 @@ VERBS = {
     "train": train,
     "evaluate": evaluate,
     "generate": generate,
+    "respond": respond,
     "import": import_,
     "export": export,
 }
@@ -361,7 +394,7 @@ def _model_and_data(options: TrainOptions) -> tuple[LoadedModel, Examples]:
     if options.data is None:
         raise UserError("there is nothing to train on; give DATA or --store")
     loaded = load_model(options.model, revision=options.revision, read=options.read)
-    return loaded, load_data(options.data, options.images, loaded)
+    return loaded, read_data(options.data, options.reading, loaded)
 
 
 def _layers(text: str) -> range:
@@ -392,7 +425,14 @@ def _load_run(run: str, model: str | None) -> tuple[CrossLayerTranscoder, Loaded
     return coder, load_model(name, revision=revision, read=came_from.read)
 
 
-def _held_out(model: LoadedModel, data: str | None, images: Path | None, prompts: int) -> Examples:
+def _print_skipped(data: Examples | None) -> None:
+    if data is not None and data.skipped.reasons:
+        print(data.skipped)
+
+
+def _held_out(model: LoadedModel, data: str | None, reading: Reading, prompts: int) -> Examples:
     if data is None and model.id != "emoji-llava":
         raise UserError(f"name the DATA to evaluate on; {EMOJI_SCENES} are for the bundled model only")
-    return load_data(data or EMOJI_SCENES, images, model, split="test", n=prompts)
+    if data in (None, EMOJI_SCENES) and reading.split is None:
+        reading = replace(reading, split="test")
+    return read_data(data or EMOJI_SCENES, reading, model, n=prompts)

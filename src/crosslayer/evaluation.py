@@ -18,7 +18,7 @@ from crosslayer.errors import UserError
 from crosslayer.metrics import Figure
 from crosslayer.models.hooks import replacing
 from crosslayer.models.load import LoadedModel
-from crosslayer.models.prompts import Batch, prepare
+from crosslayer.models.prompts import Batch, prepare_good
 from crosslayer.replacement.model import ReplacementModel, generate_tokens
 
 MODALITIES = ("all", "text", "image")
@@ -106,15 +106,17 @@ def evaluate(
     if not len(examples):
         raise UserError("the data set is empty; give at least one example to evaluate on")
     replacement = ReplacementModel(model, transcoder)
-    mean_write = _mean_write(model, _batches(model, examples, batch_prompts))
+    mean_write = _mean_write(model, (batch for batch, _ in _batches(model, examples, batch_prompts)))
     speech, sites = _Speech(replacement, mean_write), _Reconstruction(transcoder, mean_write)
-    for start in range(0, len(examples), batch_prompts):
-        chosen = [examples[i] for i in range(start, min(start + batch_prompts, len(examples)))]
-        batch = prepare(model.model, model.processor, chosen)
+    n_prompts = 0
+    for batch, chosen in _batches(model, examples, batch_prompts):
+        n_prompts += len(chosen)
         speech.compare(batch)
         speech.converse(chosen, max_new_tokens)
         sites.add(batch, *capture_all(model, batch))
-    return Evaluation(n_prompts=len(examples), **speech.figures(), **sites.figures())
+    if not n_prompts:
+        raise UserError("all examples of the data set are bad")
+    return Evaluation(n_prompts=n_prompts, **speech.figures(), **sites.figures())
 
 
 def agreement(replacement: ReplacementModel, batches: Sequence[Batch]) -> float:
@@ -129,10 +131,13 @@ def agreement(replacement: ReplacementModel, batches: Sequence[Batch]) -> float:
     return agreed / scored
 
 
-def _batches(model: LoadedModel, examples: Sequence[Example], size: int) -> Iterator[Batch]:
+def _batches(model: LoadedModel, examples: Sequence[Example], size: int) -> Iterator[tuple[Batch, list[Example]]]:
+    """Batches and the examples in them, without those that turn out to be bad."""
     for start in range(0, len(examples), size):
-        chosen = [examples[i] for i in range(start, min(start + size, len(examples)))]
-        yield prepare(model.model, model.processor, chosen)
+        numbers = range(start, min(start + size, len(examples)))
+        batch, good = prepare_good(model.model, model.processor, examples, numbers)
+        if batch is not None:
+            yield batch, [examples[number] for number in good]
 
 
 def _mean_write(model: LoadedModel, batches: Iterator[Batch]) -> Tensor:

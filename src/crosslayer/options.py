@@ -10,6 +10,7 @@ from crosslayer.activations.manifest import Manifest
 from crosslayer.coders.decoders import DECODERS, read_decoder
 from crosslayer.coders.sparsity import KINDS, Sparsity, read_sparsity
 from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.data.reading import DATA_KINDS, Reading
 from crosslayer.errors import UserError
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.losses import LOSSES, read_loss
@@ -33,14 +34,13 @@ class TrainOptions:
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Bundled name (emoji-llava), model folder, or hub id."""
-    data: Annotated[Positional[str | None], arg(metavar="DATA")] = None
-    """emoji-scenes, a text file (a line each), or JSON lines."""
+    data: Annotated[Positional[str | None], arg(metavar="DATA", help=DATA_KINDS)] = None
     out: Path
     """Folder of the run."""
     store: Path | None = None
     """Captured activations to train on, instead of DATA; MODEL, which is then not loaded, must be the store's own."""
-    images: Path | None = None
-    """Folder that image paths in DATA are relative to; DATA's own by default."""
+    reading: Annotated[Reading, arg(name="")] = Reading()  # noqa: RUF009
+    """How DATA is read."""
     tokens: int = TrainConfig.tokens
     """Tokens to train on; data is repeated in new orders as needed."""
     seed: tuple[int, ...] = (0,)
@@ -130,8 +130,10 @@ class TrainOptions:
             asked, found = getattr(self, name) or "", getattr(store, name)
             if asked != found:
                 raise UserError(f"{self.store}: has {name} {found!r}, --{name} is {asked!r}; give the store's own")
-        if self.data or self.images:
-            raise UserError(f"{self.data or self.images} and a store are given; give DATA or --store, not both")
+        if self.data:
+            raise UserError(f"{self.data} and a store are given; give DATA or --store, not both")
+        if self.reading != Reading():
+            raise UserError("options of how DATA is read are given with --store, which has been read; leave them out")
         if self.dry_run:
             raise UserError("--dry-run prices a training with its captures; give DATA instead of --store")
 

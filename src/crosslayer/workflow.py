@@ -12,7 +12,8 @@ from crosslayer.activations.reading import StoreSource
 from crosslayer.activations.store import Store
 from crosslayer.coders.checkpoint import CONFIG, INDEX
 from crosslayer.coders.transcoder import CrossLayerTranscoder, Provenance
-from crosslayer.data.examples import Example
+from crosslayer.data.examples import Example, Examples
+from crosslayer.data.skipped import SKIPPED
 from crosslayer.errors import UserError
 from crosslayer.files import check_folder, claim_folder
 from crosslayer.models.load import LoadedModel
@@ -27,7 +28,7 @@ from crosslayer.training.state import METRICS, STATE, load_state
 from crosslayer.training.stream import ChunkSource, Place, StreamBatch, prompt_batches, shuffled_batches, usable_tokens
 from crosslayer.training.trainer import Trainer
 
-RUN_FILES = (CONFIG, "model*.safetensors", INDEX, METRICS, STATE)
+RUN_FILES = (CONFIG, "model*.safetensors", INDEX, METRICS, STATE, SKIPPED)
 """What an overwritten run leaves."""
 SCALE_CHUNK = 0
 """The chunk that scales are estimated on; training starts with it as well."""
@@ -51,7 +52,7 @@ def train(
         data: what to run it on, visited in a new order each epoch.
         config: wiring, sparsity, width, length.
         out: folder of the run: `config.json`, `model.safetensors`, `metrics.jsonl`, and while it is unfinished
-            `training_state.safetensors`.
+            `training_state.safetensors`; `skipped.jsonl` lists the data's bad rows, if any.
         start: run to finetune, instead of starting from random weights.
         resume: go on from the state in `out`; the result is that of an uninterrupted training.
         overwrite: replace the run that `out` holds.
@@ -63,7 +64,7 @@ def train(
     """
     source = ModelSource(model, data, seed=config.seed)
     origin = Provenance(model.id, model.revision, model.sites.read)
-    job = _Job(source, origin, {"n_examples": len(data)}, model.n_layers, model.d_model, model)
+    job = _Job(source, origin, {"n_examples": len(data)}, model.n_layers, model.d_model, model, data)
     return _run(job, config, Path(out), start, resume, overwrite, checkpoint_seconds)
 
 
@@ -108,6 +109,7 @@ class _Job:
     n_layers: int
     d_model: int
     model: LoadedModel | None = None
+    data: Sequence[Example] | None = None
 
 
 def _run(
@@ -133,6 +135,8 @@ def _run(
     else:
         trainer, place = _trainer(job, config, estimate_scales(source.chunk(SCALE_CHUNK)), start), Place()
         claim_folder(run, overwrite, RUN_FILES)
+    if isinstance(job.data, Examples):
+        job.data.skipped.list_in(run / SKIPPED, resume=resume)
     batches = _batches(source, config, place)
     place = fit(trainer, batches, place, run, context, checkpoint_seconds=checkpoint_seconds)
     coder = finish(origin, trainer, source, place)

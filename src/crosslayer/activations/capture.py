@@ -13,7 +13,7 @@ from crosslayer.data.examples import Example
 from crosslayer.errors import UserError
 from crosslayer.models.hooks import recording
 from crosslayer.models.load import LoadedModel
-from crosslayer.models.prompts import Batch, prepare
+from crosslayer.models.prompts import Batch, prepare, prepare_good
 
 
 @torch.no_grad()
@@ -63,8 +63,16 @@ def capture(model: LoadedModel, examples: Sequence[Example], numbers: Sequence[i
 
 
 @torch.no_grad()
-def _captured(model: LoadedModel, batch: Batch, numbers: Sequence[int], dtype: torch.dtype) -> Activations:
+def _captured(model: LoadedModel, batch: Batch | None, numbers: Sequence[int], dtype: torch.dtype) -> Activations:
+    if batch is None:
+        return _nothing(model, dtype)
     return _unpadded(model, batch, model.body, torch.tensor(numbers, device=model.device), dtype)[0]
+
+
+def _nothing(model: LoadedModel, dtype: torch.dtype) -> Activations:
+    x = torch.empty(0, model.n_layers, model.d_model, dtype=dtype, device=model.device)
+    none = torch.empty(0, dtype=torch.long, device=model.device)
+    return Activations(x, x, none.bool(), none, none, none)
 
 
 @torch.no_grad()
@@ -108,20 +116,28 @@ class ModelSource:
     def captured(
         self, index: int, n: int | None = None, *, skip: int = 0, dtype: torch.dtype | None = None
     ) -> Iterator[Activations]:
-        """The same, or its first n prompts, batch by batch without the first `skip`; x and y in `dtype` if given."""
+        """The same, or of its first n prompts, batch by batch without the first `skip`; x and y in `dtype` if given.
+
+        Examples that turn out to be bad are left out; a batch of nothing else is empty.
+        """
         start = index * self.chunk_prompts
         chosen = [self._example(i) for i in range(start, start + (self.chunk_prompts if n is None else n))]
         batches = [chosen[start : start + self.batch_prompts] for start in range(0, len(chosen), self.batch_prompts)]
-        for numbers, batch in one_ahead(self._prepared, batches[skip:]):
+        for batch, numbers in one_ahead(self._prepared, batches[skip:]):
             yield _captured(self.model, batch, numbers, dtype or self.model.model.dtype)
 
     def prompts(self, start: int, n: int) -> list[Example]:
-        """The examples visited from number `start` on, counted over epochs."""
-        return [self.examples[self._example(i)] for i in range(start, start + n)]
+        """The examples visited from number `start` on, counted over epochs, without those that turn out to be bad."""
+        good = self._prepared([self._example(i) for i in range(start, start + n)])[1]
+        return [self.examples[number] for number in good]
 
-    def _prepared(self, numbers: list[int]) -> tuple[list[int], Batch]:
-        model = self.model
-        return numbers, prepare(model.model, model.processor, [self.examples[n] for n in numbers])
+    def count_tokens(self, n: int) -> int:
+        """Tokens of the first n examples visited, without those that turn out to be bad."""
+        batch = self._prepared([self._example(i) for i in range(n)])[0]
+        return 0 if batch is None else int(batch.attention.sum())
+
+    def _prepared(self, numbers: list[int]) -> tuple[Batch | None, list[int]]:
+        return prepare_good(self.model.model, self.model.processor, self.examples, numbers)
 
     def _example(self, n: int) -> int:
         """Number of the n-th example visited, counted over epochs."""
@@ -133,6 +149,10 @@ class ModelSource:
 
 
 def _tokens_a_prompt(model: LoadedModel, examples: Sequence[Example], n: int = 8) -> int:
-    """Length of the longest of the first few prompts."""
-    batch = prepare(model.model, model.processor, [examples[i] for i in range(min(n, len(examples)))])
-    return int(batch.attention.sum(1).max())
+    """Length of the longest of the first few prompts that are not bad."""
+    for start in range(0, len(examples), n):
+        numbers = range(start, min(start + n, len(examples)))
+        batch, _ = prepare_good(model.model, model.processor, examples, numbers)
+        if batch is not None:
+            return int(batch.attention.sum(1).max())
+    raise UserError("all examples of the data set are bad")

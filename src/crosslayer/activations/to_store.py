@@ -15,12 +15,12 @@ from crosslayer.activations.record import Activations
 from crosslayer.activations.rows import Rows
 from crosslayer.activations.store import Store
 from crosslayer.activations.writer import SHARD_BYTES, STORE_FILES, StoreWriter, check_room
-from crosslayer.data.examples import Example
+from crosslayer.data.examples import Example, Examples
+from crosslayer.data.skipped import SKIPPED
 from crosslayer.errors import UserError
 from crosslayer.files import check_folder, claim_folder, sweep
 from crosslayer.memory import keep_freed_memory
 from crosslayer.models.load import LoadedModel
-from crosslayer.models.prompts import prepare
 
 ROOM_PROMPTS = 64
 """Prompts on which the length of all is estimated."""
@@ -78,6 +78,8 @@ def capture_to_store(
     if not resume:
         claim_folder(folder, overwrite, STORE_FILES)
         write_manifest(folder, manifest)
+    if isinstance(data, Examples):
+        data.skipped.list_in(folder / SKIPPED, resume=resume)
     keep_freed_memory()
     _fill(folder, manifest, source)
     return Store(folder)
@@ -128,8 +130,7 @@ def _rows_left(source: ModelSource, manifest: Manifest) -> int:
     if settings["prompts"] is None:
         return settings["tokens"] - manifest.rows
     seen = manifest.next_chunk * settings["chunk_prompts"] + manifest.next_batch * settings["batch_prompts"]
-    batch = prepare(source.model.model, source.model.processor, source.prompts(0, ROOM_PROMPTS))
-    return max(0, settings["prompts"] - seen) * int(batch.attention.sum()) // ROOM_PROMPTS
+    return max(0, settings["prompts"] - seen) * source.count_tokens(ROOM_PROMPTS) // ROOM_PROMPTS
 
 
 def _fill(folder: Path, manifest: Manifest, source: ModelSource) -> None:

@@ -10,10 +10,11 @@ from tqdm import tqdm
 from crosslayer.activations.manifest import MANIFEST, Manifest, Shard, write_manifest
 from crosslayer.activations.rows import ORIGIN, Rows
 from crosslayer.activations.store import sha256
+from crosslayer.data.skipped import SKIPPED
 from crosslayer.errors import UserError
 from crosslayer.files import disk_room, size_text, write_tensors
 
-STORE_FILES = (MANIFEST, "shard-*.safetensors")
+STORE_FILES = (MANIFEST, "shard-*.safetensors", SKIPPED)
 """What an overwritten store leaves."""
 SHARD_BYTES = 2**29
 """Size that a shard does not pass, unless one batch alone does."""

@@ -1,13 +1,14 @@
 """One prompt with its picture and its answer, and sets of them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import overload
+from typing import Literal, overload
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from crosslayer.errors import UserError
+from crosslayer.data.images import as_rgb, open_image
+from crosslayer.data.skipped import Skipped
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,14 @@ class Example:
     id: str
     prompt: str
     response: str | None = None
-    image: "Image.Image | Path | None" = None
+    image: "Image.Image | Path | bytes | None" = None
+    """A picture, the path of one, or the bytes of its file."""
+    history: tuple[tuple[str, str], ...] = ()
+    """Earlier turns of the conversation: what was asked and what was answered."""
+    form: Literal["chat", "text"] = "chat"
+    """`chat` goes through the model's chat template, where it has one; `text` is taken as it is."""
+    tokens: tuple[int, ...] | None = None
+    """Token ids that are the whole example, instead of all the above."""
 
     def picture(self) -> Image.Image | None:
         """The picture as RGB pixels, read from disk where only its path is held.
@@ -30,16 +38,23 @@ class Example:
         """
         if self.image is None:
             return None
-        return open_image(self.image) if isinstance(self.image, Path) else self.image.convert("RGB")
+        return as_rgb(self.image, self.id) if isinstance(self.image, Image.Image) else open_image(self.image, self.id)
+
+    def asked(self) -> "Example":
+        """The same without its response; of mere tokens the first half, so that there is something to go on from."""
+        half = None if self.tokens is None else self.tokens[: max(1, len(self.tokens) // 2)]
+        return replace(self, response=None, tokens=half)
 
 
 @dataclass(frozen=True)
 class Examples(Sequence[Example]):
-    """A set of examples, made one at a time when asked for."""
+    """A set of examples, made one at a time when asked for; the same index always gives the same one."""
 
     name: str
     n: int
     make: Callable[[int], Example]
+    skipped: Skipped = field(default_factory=Skipped, compare=False)
+    """Takes note of bad rows: those that were left out here, and those that turn out to be bad in use."""
 
     def __len__(self) -> int:
         return self.n
@@ -53,22 +68,5 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             chosen = range(self.n)[index]
-            return Examples(self.name, len(chosen), lambda i: self.make(chosen[i]))
+            return Examples(self.name, len(chosen), lambda i: self.make(chosen[i]), self.skipped)
         return self.make(range(self.n)[index])
-
-
-def open_image(path: Path) -> Image.Image:
-    """Read a picture as RGB.
-
-    Raises:
-        UserError: when the file is missing or holds no picture.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such image") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: is not an image that Pillow can read; give a PNG or JPEG file") from None
-    except (OSError, Image.DecompressionBombError, SyntaxError) as error:
-        raise UserError(f"{path}: the image is damaged ({error})") from None

@@ -1,18 +1,20 @@
 """From examples to the tensors of one forward pass, with a mask for each thing that later stages ask about."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from crosslayer.data.examples import Example
+from crosslayer.data.examples import Example, Examples
 from crosslayer.errors import UserError
-
-IMAGE_MARK = "<image>"
+from crosslayer.models.chat import Text, write
 
 
 @dataclass(frozen=True)
@@ -35,59 +37,190 @@ class Batch:
         return (self.attention.long().cumsum(1) * self.attention) - 1
 
 
+class BadExamples(UserError):
+    """Some of the examples of a batch cannot be read; `reasons` says why, by their place in the batch."""
+
+    def __init__(self, reasons: dict[int, str]):
+        super().__init__(reasons[min(reasons)])
+        self.reasons = reasons
+
+
 def prepare(model: PreTrainedModel, processor: Any, examples: Sequence[Example]) -> Batch:
-    """Tokenise prompts with their responses, and preprocess their pictures.
+    """Tokenise prompts with their responses, and preprocess their pictures, all pictures at once.
 
     Raises:
-        UserError: when pictures and image marks do not match, or a prompt is longer than the model's context.
+        BadExamples: when a picture cannot be read, pictures and image marks do not match, or a prompt is too long for
+            the model's context.
+        UserError: when the model reads no images and there are some, or it came without a tokenizer.
     """
+    tokenizer = _tokenizer(model, processor)
+    pictures = _each(examples, lambda e: e.picture())
+    if any(pictures) and not hasattr(processor, "image_processor"):
+        raise UserError(f"{type(model).__name__} reads no images; leave the image out or choose another model")
+    paired = list(zip(examples, pictures, strict=True))
+    texts = _each(paired, lambda pair: write(processor, pair[0], pair[1] is not None))
+    seen = [place for place, picture in enumerate(pictures) if picture is not None]
+    vision = _process(processor, [texts[i] for i in seen], [pictures[i] for i in seen], seen)
+    written = [_tokens(tokenizer, e, text) for e, text in zip(examples, texts, strict=True)]
+    ids, responses = [row[0] for row in written], [row[1] for row in written]
+    for row, place in enumerate(seen):
+        ids[place] = vision["input_ids"][row][vision["attention_mask"][row].bool()].tolist()
+    _check_responses(processor, ids, responses)
+    _check_lengths(model, ids, examples)
+    inputs = _padded(model, ids, vision, seen, tokenizer.pad_token_id)
+    tokens, attention = inputs["input_ids"], inputs["attention_mask"].bool()
+    image = tokens == getattr(model.config, "image_token_id", -1)
+    lengths = [None if response is None else len(response) for response in responses]
+    return Batch(inputs, tokens, attention, image, _response_mask(attention, image, lengths))
+
+
+def prepare_good(
+    model: PreTrainedModel, processor: Any, data: Sequence[Any], numbers: Sequence[int]
+) -> tuple[Batch | None, list[int]]:
+    """The examples of a data set with these numbers as a batch, without the bad ones, and the numbers of those in it.
+
+    Bad ones are skipped only where the data set takes note of them, as `load_data`'s do; which they are depends on
+    nothing but the data and the model. The batch is None when all of them are bad. `data` is a sequence of examples, of
+    which no others are made.
+
+    Raises:
+        UserError: when more are bad than the data set puts up with, or it takes no notes.
+    """
+    if not isinstance(data, Examples):
+        return prepare(model, processor, [data[n] for n in numbers]), list(numbers)
+    batch, left = None, [(n, example) for n in numbers if (example := data[n]).id not in data.skipped.reasons]
+    while left and batch is None:
+        try:
+            batch = prepare(model, processor, [example for _, example in left])
+        except BadExamples as bad:
+            for place, reason in bad.reasons.items():
+                data.skipped.note(left[place][1].id, reason)
+            left = [item for place, item in enumerate(left) if place not in bad.reasons]
+    data.skipped.look(len(numbers), len(data), data.name)
+    return batch, [n for n, _ in left]
+
+
+def context_limit(model: PreTrainedModel) -> int:
+    """Tokens that the model's context holds; no limit where its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def _tokenizer(model: PreTrainedModel, processor: Any) -> Any:
+    if processor is None:
+        raise UserError(f"{type(model).__name__} came without a tokenizer; add its files to the model's folder")
     tokenizer = getattr(processor, "tokenizer", processor)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    pictures = [example.picture() for example in examples]
-    prompts = [_marked(e.prompt, picture is not None, e.id) for e, picture in zip(examples, pictures, strict=True)]
-    texts = [_full_text(prompt, e.response, tokenizer) for prompt, e in zip(prompts, examples, strict=True)]
-    inputs = _process(model, processor, texts, [picture for picture in pictures if picture is not None])
-    tokens, attention = inputs["input_ids"], inputs["attention_mask"].bool()
-    _check_length(model, attention, examples)
-    image = tokens == getattr(model.config, "image_token_id", -1)
-    lengths = [_response_length(p, e.response, t, tokenizer) for p, e, t in zip(prompts, examples, texts, strict=True)]
-    return Batch(inputs, tokens, attention, image, _response_mask(attention, image, lengths))
+    return tokenizer
 
 
-def _marked(prompt: str, has_picture: bool, id: str) -> str:
-    marks = prompt.count(IMAGE_MARK)
-    if marks > has_picture:
-        raise UserError(f"prompt {id!r}: {marks} {IMAGE_MARK} marks but {int(has_picture)} image; they must match")
-    return f"{IMAGE_MARK}{prompt}" if has_picture and not marks else prompt
+def _each(items: Sequence[Any], make: Callable[[Any], Any]) -> list[Any]:
+    """What is made of each item; what fails is gathered and raised at once."""
+    made, reasons = [], {}
+    for place, item in enumerate(items):
+        try:
+            made.append(make(item))
+        except UserError as error:
+            reasons[place] = str(error)
+    if reasons:
+        raise BadExamples(reasons)
+    return made
 
 
-def _full_text(prompt: str, response: str | None, tokenizer: Any) -> str:
-    return prompt if response is None else f"{prompt} {response}{tokenizer.eos_token or ''}"
+def _process(processor: Any, texts: list[Text], pictures: list[Image.Image], places: list[int]) -> dict[str, Any]:
+    """What the processor makes of texts with a picture each; where it fails, each alone, to name the bad ones."""
+    if not texts:
+        return {}
+    bos = processor.tokenizer.bos_token or ""
+    written = [text.text.removeprefix(bos) if text.complete else text.text for text in texts]
+    try:
+        images = [[picture] for picture in pictures]
+        inputs = processor(text=written, images=images, padding=True, return_tensors="pt")
+    except (ValueError, TypeError, IndexError, RuntimeError, ZeroDivisionError) as error:
+        if len(texts) == 1:
+            reason = " ".join(str(error).split())[:200]
+            raise BadExamples(
+                {places[0]: f"{type(processor).__name__} refuses the image or its text ({reason})"}
+            ) from error
+        if refused := _refused(processor, texts, pictures, places):
+            raise BadExamples(refused) from error
+        raise UserError(f"{type(processor).__name__} takes each of these images, but not together ({error})") from error
+    return dict(inputs)
 
 
-def _process(model: PreTrainedModel, processor: Any, texts: list[str], pictures: list) -> dict[str, Any]:
-    if pictures and not hasattr(processor, "image_processor"):
-        raise UserError(f"{type(model).__name__} reads no images; leave the image out or choose another model")
-    images = {"images": pictures} if pictures else {}
-    inputs = processor(text=texts, padding=True, return_tensors="pt", **images)
-    inputs.pop("token_type_ids", None)
-    return dict(inputs.to(model.device))
+def _refused(processor: Any, texts: list[Text], pictures: list[Image.Image], places: list[int]) -> dict[int, str]:
+    """Why the processor refuses those that it refuses when each is alone."""
+    reasons = {}
+    for text, picture, place in zip(texts, pictures, places, strict=True):
+        try:
+            _process(processor, [text], [picture], [place])
+        except BadExamples as bad:
+            reasons |= bad.reasons
+    return reasons
 
 
-def _check_length(model: PreTrainedModel, attention: Tensor, examples: Sequence[Example]) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length, index = attention.sum(1).max(0)
-    if limit is not None and length > limit:
-        raise UserError(f"prompt {examples[int(index)].id!r} has {length} tokens; the model's context holds {limit}")
+def _tokens(tokenizer: Any, example: Example, text: Text) -> tuple[list[int], list[int] | None]:
+    """Tokens of the text, before images take their room, and those of its response, where there is one.
+
+    A token that lies across the beginning of the response is one of it.
+    """
+    if example.tokens is not None:
+        return list(example.tokens), None
+    settings = {"add_special_tokens": not text.complete, "verbose": False}
+    if text.response_start is None:
+        return tokenizer(text.text, **settings)["input_ids"], None
+    if not tokenizer.is_fast:
+        ids = tokenizer(text.text, **settings)["input_ids"]
+        return ids, ids[len(tokenizer(text.text[: text.response_start].rstrip(" "), **settings)["input_ids"]) :]
+    written = tokenizer(text.text, return_offsets_mapping=True, **settings)
+    ids, ends = written["input_ids"], [end for _, end in written["offset_mapping"]]
+    return ids, [id for id, end in zip(ids, ends, strict=True) if end > text.response_start]
 
 
-def _response_length(prompt: str, response: str | None, text: str, tokenizer: Any) -> int | None:
-    """Tokens of the response: what the text has beyond the prompt; image marks count alike in both."""
-    if response is None:
-        return None
-    return len(tokenizer(text)["input_ids"]) - len(tokenizer(prompt)["input_ids"])
+def _check_lengths(model: PreTrainedModel, ids: list[list[int]], examples: Sequence[Example]) -> None:
+    limit = context_limit(model)
+    wrong = {
+        place: f"prompt {e.id!r} has {len(row)} tokens; the model's context holds {limit}"
+        for place, (row, e) in enumerate(zip(ids, examples, strict=True))
+        if not 0 < len(row) <= limit
+    }
+    if wrong:
+        raise BadExamples(wrong)
+
+
+def _padded(
+    model: PreTrainedModel, ids: list[list[int]], vision: dict[str, Any], seen: list[int], pad: int
+) -> dict[str, Any]:
+    """Rows of unequal lengths as one batch, and what the processor made of the pictures, on the model's device.
+
+    What it says of each token is padded like the tokens, with 0 where there is no picture, and left out where the
+    model does not ask for it, and where it is what to train the model on.
+    """
+    inputs = {"input_ids": _left(ids, pad), "attention_mask": _left([[1] * len(row) for row in ids], 0)}
+    asked_for = signature(model.forward).parameters
+    for name, value in vision.items():
+        if not isinstance(value, Tensor) or value.shape != vision["input_ids"].shape:
+            inputs[name] = value
+        elif name not in (*inputs, "labels") and name in asked_for:
+            rows = [[0] * len(row) for row in ids]
+            for row, place in enumerate(seen):
+                rows[place] = value[row][vision["attention_mask"][row].bool()].tolist()
+            inputs[name] = _left(rows, 0)
+    return {n: value.to(model.device) if isinstance(value, Tensor) else value for n, value in inputs.items()}
+
+
+def _left(rows: list[list[int]], fill: int) -> Int[Tensor, "B P"]:
+    """The rows one below the other, padded on the left."""
+    P = max(len(row) for row in rows)
+    return torch.tensor([[fill] * (P - len(row)) + row for row in rows], dtype=torch.long)
+
+
+def _check_responses(processor: Any, ids: list[list[int]], responses: list[list[int] | None]) -> None:
+    """Refuse a processor that writes something behind the response, as PaliGemma's does."""
+    for row, response in zip(ids, responses, strict=True):
+        if response and row[-len(response) :] != response:
+            raise UserError(f"{type(processor).__name__} rewrites the response to an image; leave responses out")
 
 
 def _response_mask(attention: Tensor, image: Tensor, lengths: list[int | None]) -> Tensor:

@@ -16,7 +16,7 @@ from crosslayer.data.examples import Example
 from crosslayer.errors import UserError
 from crosslayer.models.hooks import before_forward, reading, replacing
 from crosslayer.models.load import LoadedModel
-from crosslayer.models.prompts import Batch, prepare
+from crosslayer.models.prompts import Batch, context_limit, prepare
 
 
 class ReplacementModel:
@@ -75,18 +75,30 @@ class ReplacementModel:
 @torch.no_grad()
 def generate(model: LoadedModel, examples: list[Example], **sampling: Any) -> list[str]:
     """The model's continuations of several prompts, as text; greedy unless `sampling` says otherwise."""
+    return as_text(model, generate_tokens(model, examples, **sampling))
+
+
+def as_text(model: LoadedModel, tokens: Tensor) -> list[str]:
+    """Token ids [B, G] as text without special tokens."""
     tokenizer = getattr(model.processor, "tokenizer", model.processor)
-    return [
-        text.strip()
-        for text in tokenizer.batch_decode(generate_tokens(model, examples, **sampling), skip_special_tokens=True)
-    ]
+    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
 @torch.no_grad()
 def generate_tokens(model: LoadedModel, examples: list[Example], **sampling: Any) -> Tensor:
     """Generated token ids [B, G]; a prompt that ended earlier is padded on the right."""
-    batch = prepare(model.model, model.processor, [Example(e.id, e.prompt, image=e.image) for e in examples])
+    return continuation(model, prepare(model.model, model.processor, [e.asked() for e in examples]), **sampling)
+
+
+@torch.no_grad()
+def continuation(model: LoadedModel, batch: Batch, **sampling: Any) -> Tensor:
+    """What the model generates after prepared prompts, [B, G], no longer than its context holds.
+
+    What ended earlier is padded on the right.
+    """
     settings = {"do_sample": False, "max_new_tokens": 32, **sampling}
+    room = context_limit(model.model) - batch.tokens.shape[1]
+    settings["max_new_tokens"] = max(1, min(settings["max_new_tokens"], room))
     generated: Any = model.model.generate  # a mixin's method, which type checkers take for a tensor
     return generated(**batch.inputs, **settings)[:, batch.tokens.shape[1] :]
 
