@@ -46,9 +46,9 @@ TEXT: dict[str, dict[str, Any]] = {
     "cohere": {},
     "cohere2": {},
     "exaone4": {"sliding_window": 8},
-    "falcon": {"new_decoder_architecture": False},
-    "falcon, two norms": {"new_decoder_architecture": True},
-    "falcon, sequential": {"parallel_attn": False, "alibi": True},
+    "falcon": {"new_decoder_architecture": False, "head_dim": None},
+    "falcon, two norms": {"new_decoder_architecture": True, "head_dim": None},
+    "falcon, sequential": {"parallel_attn": False, "alibi": True, "head_dim": None},
     "gemma": {},
     "gemma2": {},
     "gemma3_text": {},
@@ -128,9 +128,22 @@ QWEN_VISION = {
     "intermediate_size": 24,
     "out_hidden_size": 16,
 }
+BLIP = {
+    "vision_config": VISION,
+    "qformer_config": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "encoder_hidden_size": 16,
+    },
+    "num_query_tokens": 3,
+}
 
 VISUAL: dict[str, dict[str, Any]] = {
     "aya_vision": {"text_config": {"model_type": "cohere2", **SMALL}, "vision_config": SIGLIP, "downsample_factor": 1},
+    "blip-2": {"text_config": {"model_type": "opt", **SMALL, **TEXT["opt"]}, **BLIP},
     "deepseek_vl": {"text_config": LLAMA, "vision_config": SIGLIP},
     "gemma3": {"text_config": {"model_type": "gemma3_text", **SMALL}, "vision_config": SIGLIP, "mm_tokens_per_image": 4},
     "gemma4": {
@@ -163,6 +176,8 @@ VISUAL: dict[str, dict[str, Any]] = {
         },
     },
     "idefics3": {"text_config": LLAMA, "vision_config": VISION, "scale_factor": 2},
+    "instructblip": {"text_config": {"model_type": "opt", **SMALL, **TEXT["opt"]}, **BLIP},
+    "instructblip, llama": {"text_config": LLAMA, **BLIP},
     "internvl": {
         "text_config": {"model_type": "qwen2", **SMALL},
         "vision_config": {**VISION, "image_size": [8, 8], "patch_size": [4, 4]},
@@ -175,7 +190,13 @@ VISUAL: dict[str, dict[str, Any]] = {
     },
     "llama4": {
         "text_config": {"model_type": "llama4_text", **SMALL, **TEXT["llama4_text"]},
-        "vision_config": {**VISION, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+        "vision_config": {
+            **VISION,
+            "intermediate_size": 64,
+            "vision_output_dim": 16,
+            "projector_input_dim": 16,
+            "projector_output_dim": 16,
+        },
     },
     "llava": {"text_config": LLAMA, "vision_config": CLIP},
     "llava, gemma2": {"text_config": {"model_type": "gemma2", **SMALL}, "vision_config": CLIP},
@@ -188,12 +209,26 @@ VISUAL: dict[str, dict[str, Any]] = {
     },
     "mistral3": {
         "text_config": {"model_type": "mistral", **SMALL},
-        "vision_config": {"model_type": "pixtral", **VISION, "head_dim": 8},
+        "vision_config": {"model_type": "pixtral", **VISION, "image_size": 16, "head_dim": 8},
         "spatial_merge_size": 2,
+    },
+    "molmo2": {
+        "text_config": {"model_type": "molmo2_text", **SMALL},
+        "vision_config": {**VISION, "image_size": [16, 16], "num_key_value_heads": 2, "head_dim": 8},
+        "adapter_config": {
+            "vision_feature_layer": [0],
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "text_hidden_size": 16,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+        },
     },
     "ovis2": {
         "text_config": {"model_type": "qwen2", **SMALL},
         "vision_config": {**VISION, "vocab_size": 12, "hidden_stride": 1, "num_visual_indicator_tokens": 5},
+        "hidden_size": 16,
         "visual_indicator_token_ids": [50, 51, 52, 53, 54],
     },
     "paligemma": {"text_config": {"model_type": "gemma", **SMALL}, "vision_config": SIGLIP, "projection_dim": 16},
@@ -230,7 +265,8 @@ def family(name: str) -> PreTrainedModel:
     kind = name.split(",")[0]
     torch.manual_seed(0)
     if name in TEXT:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **TEXT[name]}))
+        settings = {key: value for key, value in {**SMALL, **TEXT[name]}.items() if value is not None}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
     else:
         tokens = {"image_token_id": IMAGE, "image_token_index": IMAGE, "tie_word_embeddings": False}
         config = AutoConfig.for_model(kind, **VISUAL[name], **tokens)

@@ -58,9 +58,11 @@ def _image_token(config: PretrainedConfig) -> int:
 
 def _n_image_tokens(model: Any, pixels: dict[str, Tensor]) -> int:
     """As many as the vision tower gives features."""
+    tower = model if hasattr(model, "get_image_features") else model.base_model
     with torch.no_grad():
-        features = model.get_image_features(**pixels)
-    features = getattr(features, "pooler_output", features)
+        features = tower.get_image_features(**pixels)
+    pooled = getattr(features, "pooler_output", None)
+    features = getattr(features, "last_hidden_state", features) if pooled is None else pooled
     parts = features if isinstance(features, list | tuple) else [features]
     return sum(part.shape[:-1].numel() for part in parts)
 
@@ -118,6 +120,21 @@ def _packed(config: PretrainedConfig) -> dict[str, Tensor]:
     }
 
 
+def _pooled(config: PretrainedConfig) -> dict[str, Tensor]:
+    """One crop, whose patches are pooled four by four."""
+    vision = config.vision_config
+    n = vision.num_position_embeddings
+    return {
+        "pixel_values": torch.randn(1, n, 3 * vision.patch_size**2),
+        "image_token_pooling": torch.arange(n).view(-1, 4),
+        "image_grids": torch.tensor([[1, n // 4, 0, 0]]),
+    }
+
+
+def _queried(config: PretrainedConfig) -> dict[str, Tensor]:
+    return {**_square(config), "qformer_input_ids": torch.tensor([[3, 4, 5]])}
+
+
 def _types(inputs: dict[str, Tensor], config: PretrainedConfig) -> dict[str, Tensor]:
     """1 at image tokens, 0 at text."""
     return {"mm_token_type_ids": (inputs["input_ids"] == _image_token(config)).int()}
@@ -125,12 +142,14 @@ def _types(inputs: dict[str, Tensor], config: PretrainedConfig) -> dict[str, Ten
 
 PIXELS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
     "aya_vision": _square,
+    "blip-2": _square,
     "deepseek_vl": _square,
     "gemma3": _square,
     "gemma4": _patches,
     "glm4v": _grid,
     "idefics2": _one_of_several,
     "idefics3": _one_of_several,
+    "instructblip": _queried,
     "internvl": _square,
     "lfm2_vl": _packed,
     "llama4": _square,
@@ -139,6 +158,7 @@ PIXELS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
     "llava_next_video": _tiles,
     "llava_onevision": _tiles,
     "mistral3": _sized,
+    "molmo2": _pooled,
     "ovis2": _square,
     "paligemma": _square,
     "qwen2_5_vl": _grid,

@@ -51,20 +51,19 @@ def _lists(model: PreTrainedModel) -> list[str]:
 
 
 def _observe(model: PreTrainedModel, layer: nn.Module, inputs: dict[str, Any]) -> tuple[_Seen, set[str]]:
-    """What the layer's modules saw, and which of them mix positions: they tell that the first token is another one."""
+    """What the layer's modules saw, and which of them mix positions.
+
+    Those tell, at later positions, that the first token is another one, though what they get there is the same.
+    """
     tokens = inputs["input_ids"].clone()
     tokens[:, 0] = (tokens[:, 0] + 1) % model.config.get_text_config().vocab_size
-    seen, other = _record(model, layer, inputs), _record(model, layer, {**inputs, "input_ids": tokens})
-    length = tokens.shape[1]
-    mixers = {name for name, out in seen.gave.items() if _after_first(out, other.gave.get(name), length) > TOLERANCE}
-    return seen, mixers
+    a, b = _record(model, layer, inputs), _record(model, layer, {**inputs, "input_ids": tokens})
 
+    def differs(x: Tensor, y: Tensor) -> bool:
+        return not _same(*(z.view(-1, tokens.shape[1], z.shape[-1])[:, 1:] for z in (x, y)))
 
-def _after_first(a: Tensor, b: Tensor | None, length: int) -> float:
-    if b is None or a.shape != b.shape:
-        return torch.inf
-    rows = (a - b).reshape(-1, length, a.shape[-1])[:, 1:]
-    return (rows.abs().max() / a.abs().max().clamp_min(1e-30)).item()
+    both = a.got.keys() & a.gave.keys()
+    return a, {name for name in both if differs(a.gave[name], b.gave[name]) and not differs(a.got[name], b.got[name])}
 
 
 def _record(model: PreTrainedModel, layer: nn.Module, inputs: dict[str, Any]) -> _Seen:
