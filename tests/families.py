@@ -3,11 +3,23 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BatchFeature,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
-VOCABULARY = 64
-IMAGE = 60
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+from crosslayer.models.probe import EXTRAS, PIXELS, n_image_tokens
+from crosslayer.zoo.emoji_llava.architecture import WORDS, tokenizer
+
+VOCABULARY = len(WORDS)
+IMAGE = WORDS.index("<image>")
+PICTURE = Image.new("RGB", (8, 8), "teal")
+SPECIAL = {f"{name}_token_id": WORDS.index(word) for name, word in (("pad", "<pad>"), ("bos", "<s>"), ("eos", "</s>"))}
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
@@ -145,7 +157,11 @@ VISUAL: dict[str, dict[str, Any]] = {
     "aya_vision": {"text_config": {"model_type": "cohere2", **SMALL}, "vision_config": SIGLIP, "downsample_factor": 1},
     "blip-2": {"text_config": {"model_type": "opt", **SMALL, **TEXT["opt"]}, **BLIP},
     "deepseek_vl": {"text_config": LLAMA, "vision_config": SIGLIP},
-    "gemma3": {"text_config": {"model_type": "gemma3_text", **SMALL}, "vision_config": SIGLIP, "mm_tokens_per_image": 4},
+    "gemma3": {
+        "text_config": {"model_type": "gemma3_text", **SMALL},
+        "vision_config": SIGLIP,
+        "mm_tokens_per_image": 4,
+    },
     "gemma4": {
         "text_config": {"model_type": "gemma4_text", **SMALL, **TEXT["gemma4_text"]},
         "vision_config": {
@@ -229,7 +245,7 @@ VISUAL: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "qwen2", **SMALL},
         "vision_config": {**VISION, "vocab_size": 12, "hidden_stride": 1, "num_visual_indicator_tokens": 5},
         "hidden_size": 16,
-        "visual_indicator_token_ids": [50, 51, 52, 53, 54],
+        "visual_indicator_token_ids": [40, 41, 42, 43, 44],
     },
     "paligemma": {"text_config": {"model_type": "gemma", **SMALL}, "vision_config": SIGLIP, "projection_dim": 16},
     "paligemma, gemma2": {
@@ -274,4 +290,24 @@ def family(name: str) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    model.generation_config = GenerationConfig(**SPECIAL)
     return model.eval()
+
+
+class FamilyProcessor:
+    """What a family's own processor would make of text and pictures; the pixels are random."""
+
+    image_processor = None
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self.tokenizer = model, tokenizer()
+
+    def __call__(self, text: list[str], images: list[Image.Image] | None = None, **settings: Any) -> BatchFeature:
+        kind, config = self.model.config.model_type, self.model.config
+        if not images:
+            return self.tokenizer(text, **settings)
+        pixels = PIXELS[kind](config)
+        marks = "<image>" * n_image_tokens(self.model, pixels)
+        inputs = self.tokenizer([line.replace("<image>", marks) for line in text], **settings)
+        many = {name: torch.cat([value] * len(images)) for name, value in pixels.items()}
+        return BatchFeature({**inputs, **many, **EXTRAS.get(kind, lambda *_: {})(inputs, config)})

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ from crosslayer.formats import (
     write_circuit_tracer,
     write_eleuther,
 )
+from crosslayer.model_options import AS_IT_IS, ModelOptions
 from crosslayer.models.load import LoadedModel, load_model
 from crosslayer.options import TrainOptions
 from crosslayer.planning import estimate
@@ -42,12 +44,14 @@ READERS: dict[str, Any] = {
 }
 WRITERS: dict[str, Any] = {"eleuther": write_eleuther, "circuit-tracer": write_circuit_tracer}
 
-Model = Annotated[Positional[str], arg(metavar="MODEL", help="Bundled name (emoji-llava), model folder, or hub id.")]
+Model = Annotated[
+    Positional[str], arg(metavar="MODEL", help="Bundled name (emoji-llava, smollm2), model folder, or hub id.")
+]
 Data = Annotated[Positional[str], arg(metavar="DATA", help="emoji-scenes, a text file (a line each), or JSON lines.")]
 Run = Annotated[Positional[str], arg(metavar="RUN", help="Folder of a trained transcoder, or its hub id.")]
 Images = Annotated[Path | None, arg(help="Folder that image paths in DATA are relative to; DATA's own by default.")]
 Read = Annotated[str, arg(help="What the encoders read: resid (before the MLP's norm) or mlp_in (after).")]
-Revision = Annotated[str | None, arg(help="Revision of a hub id.")]
+Loading = Annotated[ModelOptions, arg(name="")]
 Seed = Annotated[int, arg(help="Seed of the weights and of the order of the data.")]
 FirstTarget = Annotated[int, arg(help="0: a source writes to its own layer first; 1: to the next.")]
 OtherModel = Annotated[str | None, arg(help="Model to use instead of the one the run names.")]
@@ -76,15 +80,15 @@ def demo(
 
 def inspect(
     model: Model,
-    revision: Revision = None,
     read: Annotated[
         str, arg(help="What the encoders read: resid (before the MLP's norm) or mlp_in (after).")
     ] = "resid",
     span: Annotated[int | None, arg(help="Layers a source writes to, for the wiring table; all by default.")] = None,
     first_target: FirstTarget = 0,
+    loading: Loading = AS_IT_IS,
 ) -> None:
     """Print a model's sites, sizes and the self-test: residual identity and self-replacement."""
-    loaded = load_model(model, revision=revision, read=read)
+    loaded = loading.load(model, read)
     print(inspection(loaded, _wiring(loaded, span, first_target)))
 
 
@@ -93,7 +97,8 @@ def train(options: Annotated[TrainOptions, arg(name="")]) -> None:
 
     EleutherAI's option names (--cross_layer, --coalesce_topk, ...) work too.
     """
-    loaded = load_model(options.model, revision=options.revision, read=options.read)
+    load = options.loading.sketch if options.dry_run else options.loading.load
+    loaded = load(options.model, options.read)
     start = None if options.finetune is None else CrossLayerTranscoder.load(options.finetune)
     configs = [options.config(loaded.n_layers, start, seed) for seed in options.seed]
     data = load_data(options.data, options.images, loaded)
@@ -121,9 +126,10 @@ def evaluate(
     prompts: Annotated[int, arg(help="How many examples to use at most.")] = 128,
     json: Annotated[Path | None, arg(help="File for all figures, per layer and modality too.")] = None,
     model: OtherModel = None,
+    loading: Loading = AS_IT_IS,
 ) -> None:
     """Measure how well a run's replacement model stands in for the original."""
-    coder, loaded = _load_run(run, model)
+    coder, loaded = _load_run(run, model, loading)
     result = run_evaluation(loaded, coder, _held_out(loaded, data, images, prompts))
     if json is not None:
         write_text(json, result.to_json() + "\n")
@@ -137,12 +143,13 @@ def generate(
     max_new_tokens: Annotated[int, arg(help="Tokens to generate at most.")] = 32,
     temperature: Annotated[float, arg(help="0 is greedy; above it, sampling.")] = 0.0,
     model: OtherModel = None,
+    loading: Loading = AS_IT_IS,
 ) -> None:
     """Let the original and the replacement answer the same prompt, side by side."""
     _check_positive(max_new_tokens=max_new_tokens)
     if temperature < 0:
         raise UserError(f"temperature is {temperature}; choose 0 for greedy or more")
-    coder, loaded = _load_run(run, model)
+    coder, loaded = _load_run(run, model, loading)
     examples = [Example("prompt", prompt, image=None if image is None else open_image(image))]
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if temperature:
@@ -159,13 +166,14 @@ def import_(
     model: Annotated[str | None, arg(help="Model it is of; its writes at first positions are measured.")] = None,
     data: Annotated[str | None, arg(help="Data to measure that on.")] = None,
     overwrite: Overwrite = False,
+    loading: Loading = AS_IT_IS,
 ) -> None:
     """Turn transcoders trained elsewhere into a run that every verb takes."""
     coder = _format(READERS, format)(source)
     if (model is None) != (data is None):
         raise UserError("give --model and --data together, or neither")
     if model is not None and data is not None:
-        loaded = load_model(model, read=coder.provenance.read)
+        loaded = loading.load(model, coder.provenance.read)
         adopt(loaded, load_data(data, model=loaded), coder)
     claim_folder(out, overwrite, RUN_FILES)
     coder.save(out)
@@ -244,14 +252,14 @@ def _wiring(model: LoadedModel, span: int | None, first_target: int) -> Wiring:
     return Wiring.full(model.n_layers, first_target) if span is None else Wiring(model.n_layers, span, first_target)
 
 
-def _load_run(run: str, model: str | None) -> tuple[CrossLayerTranscoder, LoadedModel]:
+def _load_run(run: str, model: str | None, loading: ModelOptions) -> tuple[CrossLayerTranscoder, LoadedModel]:
     coder = CrossLayerTranscoder.load(run)
     came_from = coder.provenance
     name = model or came_from.model_id
     if not name:
         raise UserError(f"{run}: does not say which model it was trained on; add --model")
-    revision = None if model else came_from.revision or None
-    return coder, load_model(name, revision=revision, read=came_from.read)
+    revision = loading.revision or (None if model else came_from.revision or None)
+    return coder, replace(loading, revision=revision).load(name, came_from.read)
 
 
 def _held_out(model: LoadedModel, data: str | None, images: Path | None, prompts: int) -> Examples:

@@ -10,6 +10,7 @@ from crosslayer.coders.decoders import DECODERS, read_decoder
 from crosslayer.coders.sparsity import KINDS, Sparsity, read_sparsity
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.errors import UserError
+from crosslayer.model_options import AS_IT_IS, ModelOptions
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.losses import LOSSES, read_loss
 from crosslayer.training.optimizers import OPTIMIZERS, read_optimizer
@@ -31,7 +32,7 @@ class TrainOptions:
     """Options of `crosslayer train`; one that does not go with the others is refused, never ignored."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """Bundled name (emoji-llava), model folder, or hub id."""
+    """Bundled name (emoji-llava, smollm2), model folder, or hub id; for --dry-run a configuration is enough."""
     data: Annotated[Positional[str], arg(metavar="DATA")]
     """emoji-scenes, a text file (a line each), or JSON lines."""
     out: Path
@@ -112,8 +113,7 @@ class TrainOptions:
     """fp32, or bf16 for products under autocast, with fp32 weights and moments."""
     read: str = "resid"
     """What the encoders read: resid (before the MLP's norm) or mlp_in (after)."""
-    revision: str | None = None
-    """Revision of a hub id."""
+    loading: Annotated[ModelOptions, arg(name="")] = AS_IT_IS
 
     def config(self, n_layers: int, start: CrossLayerTranscoder | None, seed: int) -> TrainConfig:
         """The settings of one training.

@@ -114,7 +114,9 @@ def _on_input(call: OnRead, index: int) -> Callable[[nn.Module, tuple, dict[str,
     return hook
 
 
-def _on_output(call: OnRead, index: int, scale: float | Tensor | None = None) -> Callable[[nn.Module, tuple, Any], None]:
+def _on_output(
+    call: OnRead, index: int, scale: float | Tensor | None = None
+) -> Callable[[nn.Module, tuple, Any], None]:
     def hook(_: nn.Module, args: tuple, output: Any) -> None:
         tensor = output if isinstance(output, Tensor) else output[0]
         call(index, tensor if scale is None else tensor * scale)

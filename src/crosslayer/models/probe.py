@@ -24,7 +24,7 @@ def probe(model: PreTrainedModel, processor: Any, sees: bool) -> dict[str, Any]:
 
 
 def random_inputs(model: PreTrainedModel) -> dict[str, Any]:
-    """Random tokens, with random pixels of the shapes that the configuration asks for where the family is in `PIXELS`."""
+    """Random tokens, with random pixels of the shapes that the configuration asks for, for a family in `PIXELS`."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     ids = _words(config, generator)
     build = PIXELS.get(config.model_type)
@@ -34,7 +34,7 @@ def random_inputs(model: PreTrainedModel) -> dict[str, Any]:
         name: (value.to(model.dtype) if value.is_floating_point() else value).to(model.device)
         for name, value in build(config).items()
     }
-    image = torch.full((1, _n_image_tokens(model, pixels)), _image_token(config))
+    image = torch.full((1, n_image_tokens(model, pixels)), _image_token(config))
     ids = torch.cat([ids[:, :2], image, ids[:, 2:]], 1)
     inputs = {"input_ids": ids.to(model.device), **pixels}
     return inputs | EXTRAS.get(config.model_type, lambda inputs, config: {})(inputs, config)
@@ -56,7 +56,7 @@ def _image_token(config: PretrainedConfig) -> int:
     return getattr(config, "image_token_id", None) or config.image_token_index
 
 
-def _n_image_tokens(model: Any, pixels: dict[str, Tensor]) -> int:
+def n_image_tokens(model: Any, pixels: dict[str, Tensor]) -> int:
     """As many as the vision tower gives features."""
     tower = model if hasattr(model, "get_image_features") else model.base_model
     with torch.no_grad():

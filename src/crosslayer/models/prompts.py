@@ -41,6 +41,8 @@ def prepare(model: PreTrainedModel, processor: Any, examples: Sequence[Example])
     Raises:
         UserError: when pictures and image marks do not match, or a prompt is longer than the model's context.
     """
+    if processor is None:
+        raise UserError(f"{type(model).__name__} came without tokenizer or processor; put its files beside the weights")
     tokenizer = getattr(processor, "tokenizer", processor)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:

@@ -6,7 +6,6 @@
 3. With every MLP's own output written back: the logits are unchanged.
 """
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,9 +61,7 @@ def prove_sites(model: PreTrainedModel, sites: Sites, inputs: dict[str, Any]) ->
         local = _locality(model, stream, inputs, first)
         with replacing(stream, first.writes.__getitem__):
             replayed = model(**inputs, use_cache=False).logits
-    proof = Proof(
-        tuple(first.residual), tuple(first.entry), tuple(local), tuple(first.between), _gap(replayed, logits)
-    )
+    proof = Proof(tuple(first.residual), tuple(first.entry), tuple(local), tuple(first.between), _gap(replayed, logits))
     _check(proof, sites, TOLERANCE.get(logits.dtype, 1e-4))
     return replace(stream, read=sites.read), proof
 
@@ -141,7 +138,7 @@ def _length(output: Any) -> int:
 
 
 def _locality(model: PreTrainedModel, sites: Sites, inputs: dict[str, Any], first: _Pass) -> list[float]:
-    """How much each write changes elsewhere when its MLP sees the stream of the first pass with one position negated."""
+    """How much each write changes elsewhere when its MLP sees the first pass's stream with one position negated."""
     place = first.reads[0].shape[1] // 2
     elsewhere = torch.arange(first.reads[0].shape[1]) != place
     gaps = []
@@ -167,27 +164,20 @@ def _check_called(first: _Pass, sites: Sites) -> None:
 
 
 def _check(proof: Proof, sites: Sites, tolerance: float) -> None:
-    for name, gap in zip(sites.names, proof.input_gaps, strict=True):
-        if not gap <= tolerance:
-            raise UserError(f"{name}: the MLP's input differs from its norm's output by {gap:.2g} relative")
-    for name, gap in zip(sites.names, proof.residual_gaps, strict=True):
-        if not gap <= tolerance:
-            raise UserError(
-                f"{name}: stream read + MLP write differs from the layer's output by {gap:.2g} relative "
-                f"(at most {tolerance:g}); this architecture adds something else, so it is not supported"
-            )
-    for name, gap in zip(sites.names, proof.between_gaps, strict=False):
-        if not gap <= tolerance and not sites.between:
-            raise UserError(
-                f"{name}: the next layer's input differs from its layer's output by {gap:.2g} relative; something is "
-                "added between layers that this family is not known for, so it is not supported"
-            )
-    for name, gap in zip(sites.names, proof.locality_gaps, strict=True):
-        if not gap <= tolerance:
-            raise UserError(
-                f"{name}: the write changes by {gap:.2g} relative where the stream that the MLP reads does not; "
-                "it depends on something else, so it is not supported"
-            )
+    measured = {
+        "the MLP's input differs from its norm's output": proof.input_gaps,
+        "stream read + MLP write differs from the layer's output": proof.residual_gaps,
+        "the write depends on more than the stream that the MLP reads, changing": proof.locality_gaps,
+        "something that this family is not known for is added after the layer, changing the stream": (
+            () if sites.between else proof.between_gaps
+        ),
+    }
+    for layer, name in enumerate(sites.names):
+        for what, gaps in measured.items():
+            if layer < len(gaps) and not gaps[layer] <= tolerance:
+                raise UserError(
+                    f"{name}: {what} by {gaps[layer]:.2g} relative (at most {tolerance:g}); it is not supported"
+                )
     if not proof.self_replacement_gap <= tolerance:
         raise UserError(
             f"writing each MLP's own output back changes the logits by {proof.self_replacement_gap:.2g} relative "

@@ -112,9 +112,10 @@ class _Writes:
 
     def read(self, layer: int, x: Tensor) -> None:
         """Encode the stream [B, P, D] that `layer` reads and add what its features write."""
-        coder, flat = self.transcoder, x.flatten(0, 1).to(self.transcoder.b_dec.dtype)
+        coder, flat = self.transcoder, x.flatten(0, 1).to(self.transcoder.b_dec)
+        self.like = x
         if self.collected is None:
-            self.like, self.first = x, self._first_positions(x).flatten()
+            self.first = self._first_positions(x).flatten().to(flat.device)
             self.collected = coder.writes(len(flat))
         codes = coder.encode_layer(layer, flat, self.progress) if layer in self.sources else None
         coder.add_layer(self.collected, layer, codes, flat)
