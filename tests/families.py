@@ -245,6 +245,7 @@ VISUAL: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "qwen2", **SMALL},
         "vision_config": {**VISION, "vocab_size": 12, "hidden_stride": 1, "num_visual_indicator_tokens": 5},
         "hidden_size": 16,
+        "vocab_size": VOCABULARY,
         "visual_indicator_token_ids": [40, 41, 42, 43, 44],
     },
     "paligemma": {"text_config": {"model_type": "gemma", **SMALL}, "vision_config": SIGLIP, "projection_dim": 16},
@@ -301,13 +302,14 @@ class FamilyProcessor:
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.tokenizer = model, tokenizer()
+        kind = model.config.model_type
+        self.pixels = PIXELS[kind](model.config) if kind in PIXELS else {}
 
     def __call__(self, text: list[str], images: list[Image.Image] | None = None, **settings: Any) -> BatchFeature:
         kind, config = self.model.config.model_type, self.model.config
         if not images:
             return self.tokenizer(text, **settings)
-        pixels = PIXELS[kind](config)
-        marks = "<image>" * n_image_tokens(self.model, pixels)
+        marks = "<image>" * n_image_tokens(self.model, self.pixels)
         inputs = self.tokenizer([line.replace("<image>", marks) for line in text], **settings)
-        many = {name: torch.cat([value] * len(images)) for name, value in pixels.items()}
-        return BatchFeature({**inputs, **many, **EXTRAS.get(kind, lambda *_: {})(inputs, config)})
+        many = {name: torch.cat([value] * len(images)) for name, value in self.pixels.items()}
+        return BatchFeature({**inputs, **many, **EXTRAS.get(kind, lambda *_: {})(dict(inputs), config)})

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from crosslayer import Example, LoadedModel, ReplacementModel, TrainConfig, Wiring, evaluate, train
+from crosslayer import BatchTopK, Example, LoadedModel, ReplacementModel, TrainConfig, Wiring, evaluate, train
 from crosslayer.activations.capture import capture_all
 from crosslayer.models import resolve
 from crosslayer.models.hooks import replacing
@@ -20,6 +20,8 @@ from making import finished_coder, traces
 FAMILIES = [*TEXT, *VISUAL]
 NOT_FOUND = {"gemma4_text", "gemma4"}
 """The search knows nothing of third writes."""
+PREFIX = {"paligemma", "paligemma, gemma2"}
+"""Without a cache, their attention takes what was generated for a part of the prompt, and goes both ways in it."""
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -38,8 +40,10 @@ def examples(model: LoadedModel) -> list[Example]:
 @every_family
 def test_sites_are_proved(name):
     model = family(name)
+    inputs = random_inputs(model)
+    model(**inputs)  # vision towers put hooks of their own on at their first pass
     before = traces(model)
-    sites, proof = resolve_sites(model, "resid", random_inputs(model))
+    sites, proof = resolve_sites(model, "resid", inputs)
     assert sites.names == find_sites(model).names or name in ("gpt_neox, sequential",)
     assert len(proof.residual_gaps) == len(proof.locality_gaps) == 2
     assert max(*proof.residual_gaps, *proof.input_gaps, *proof.locality_gaps, proof.self_replacement_gap) < 1e-5
@@ -64,12 +68,12 @@ def test_families_outside_the_table_are_found_by_search(name, monkeypatch):
 def test_a_replacement_model_trains_evaluates_and_generates(name, tmp_path):
     model = loaded(name)
     data = examples(model)
-    config = TrainConfig(wiring=Wiring.full(2), d_transcoder=16, tokens=40, batch_tokens=20)
+    config = TrainConfig(wiring=Wiring.full(2), d_transcoder=16, sparsity=BatchTopK(4), tokens=40, batch_tokens=20)
     coder = train(model, data, config, tmp_path / "run")
     assert evaluate(model, coder, data[:2], max_new_tokens=3).kl.value > 0
     with ReplacementModel(model, coder).replaced():
         answers = [generate_tokens(model, data, max_new_tokens=4, use_cache=cache) for cache in (True, False)]
-    assert torch.equal(*answers)
+    assert torch.equal(*answers) or name in PREFIX
 
 
 @every_family

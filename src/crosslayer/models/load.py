@@ -68,6 +68,12 @@ class LoadedModel:
         return _sees(self.model.config)
 
     @property
+    def speaker(self) -> nn.Module:
+        """The model that generates: BLIP-2 and InstructBLIP leave that to the language model inside."""
+        inside = getattr(self.model, "language_model", None)
+        return inside if isinstance(inside, PreTrainedModel) and inside.can_generate() else self.model
+
+    @property
     def body(self) -> nn.Module:
         """The model without its head: enough to see every site."""
         return self.model.base_model
