@@ -71,7 +71,7 @@ def test_nothing_is_noted_of_a_plain_family(llama):
 
 def test_mllama_is_refused_by_name():
     text = {**SMALL, "cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-    vision = {**VISION, "num_global_layers": 1, "max_num_tiles": 1, "intermediate_layers_indices": [0]}
+    vision = {**VISION, "num_global_layers": 1, "max_num_tiles": 4, "intermediate_layers_indices": [0]}
     config = AutoConfig.for_model("mllama", text_config=text, vision_config=vision)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)

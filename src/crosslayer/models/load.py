@@ -29,7 +29,7 @@ from crosslayer.zoo import BUNDLED, GGUF
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """By name; auto is that of the weights on disk."""
-QUANTISED = {"4bit": {"load_in_4bit": True}, "8bit": {"load_in_8bit": True}}
+QUANTISED: dict[str, dict[str, Any]] = {"4bit": {"load_in_4bit": True}, "8bit": {"load_in_8bit": True}}
 TOKENIZER_FILES = ("tokenizer*", "*processor_config.json", "vocab.*", "*.model", "merges.txt")
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 

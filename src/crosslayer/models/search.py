@@ -36,7 +36,7 @@ class _Seen:
 def search(model: PreTrainedModel, inputs: dict[str, Any]) -> Iterator[tuple[str, Block]]:
     """Lists of layers with patterns that add up in their first layer, the simplest first."""
     for path in _lists(model):
-        layer = model.get_submodule(path)[0]
+        layer = next(model.get_submodule(path).children())
         seen, mixers = _observe(model, layer, inputs)
         if "" in seen.gave:
             found = sorted(_patterns(layer, seen, mixers), key=_complexity)
@@ -60,7 +60,7 @@ def _observe(model: PreTrainedModel, layer: nn.Module, inputs: dict[str, Any]) -
     a, b = _record(model, layer, inputs), _record(model, layer, {**inputs, "input_ids": tokens})
 
     def differs(x: Tensor, y: Tensor) -> bool:
-        return not _same(*(z.view(-1, tokens.shape[1], z.shape[-1])[:, 1:] for z in (x, y)))
+        return not _same(*(z.view(*tokens.shape, -1)[:, 1:] for z in (x, y)))
 
     both = a.got.keys() & a.gave.keys()
     return a, {name for name in both if differs(a.gave[name], b.gave[name]) and not differs(a.got[name], b.got[name])}
@@ -69,12 +69,12 @@ def _observe(model: PreTrainedModel, layer: nn.Module, inputs: dict[str, Any]) -
 def _record(model: PreTrainedModel, layer: nn.Module, inputs: dict[str, Any]) -> _Seen:
     names = [name for name, _ in layer.named_modules() if name.count(".") < DEPTH]
     modules, seen = [layer.get_submodule(name) for name in names], _Seen()
-    width, length = model.config.get_text_config().hidden_size, inputs["input_ids"].shape[1]
+    width, length = model.config.get_text_config().hidden_size, inputs["input_ids"].numel()
 
     def keep(store: dict[str, Tensor]) -> Any:
         def put(index: int, tensor: Tensor) -> None:
-            if tensor.shape[-1] == width and tensor.numel() % (length * width) == 0:
-                store.setdefault(names[index], tensor.reshape(-1, width).clone())
+            if tensor.shape[-1] == width and tensor.numel() == length * width:
+                store.setdefault(names[index], tensor.reshape(length, width).clone())
 
         return put
 
@@ -126,4 +126,4 @@ def _complexity(block: Block) -> tuple[int, ...]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and ((a - b).abs().max() <= TOLERANCE * b.abs().max()).item()
+    return bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
