@@ -51,11 +51,12 @@ def test_an_unknown_model_type_is_refused(tmp_path):
         load_model(tmp_path)
 
 
-def test_a_model_without_mlps_is_refused_with_what_was_tried(tmp_path):
-    MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, state_size=2)).save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(UserError, match=r"'mamba' \(MambaForCausalLM\): no place where .* Tried \d+ patterns"):
+def test_a_model_that_norms_its_stream_is_refused_with_what_was_tried(tmp_path):
+    """As facebook/opt-350m does."""
+    size = {"vocab_size": 16, "hidden_size": 8, "ffn_dim": 8, "word_embed_proj_dim": 8, "num_attention_heads": 2}
+    config = OPTConfig(**size, num_hidden_layers=2, do_layer_norm_before=False, pad_token_id=0)
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"'opt' \(OPTForCausalLM\): no place where .* Tried 1 patterns .*fc2: "):
         load_model(tmp_path)
 
 
