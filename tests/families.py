@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 128,
     **SPECIAL,
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LINEAR: dict[str, Any] = {
     "linear_num_key_heads": 1,
     "linear_num_value_heads": 2,
@@ -118,11 +118,11 @@ TEXT: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
     "phi": {},
     "qwen2": {},
-    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 12},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
     "qwen3": {},
     "qwen3_5_text": LINEAR,
     "qwen3_moe": EXPERTS,
-    "qwen3_next": {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 12},
+    "qwen3_next": {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 16},
     "seed_oss": {},
     "smollm3": {},
     "starcoder2": {},
@@ -215,6 +215,7 @@ VISUAL: dict[str, dict[str, Any]] = {
         },
     },
     "llava": {"text_config": LLAMA, "vision_config": CLIP},
+    "llava, deep vision": {"text_config": LLAMA, "vision_config": {**CLIP, "num_hidden_layers": 2}},
     "llava, gemma2": {"text_config": {"model_type": "gemma2", **SMALL}, "vision_config": CLIP},
     "llava_next": {"text_config": LLAMA, "vision_config": CLIP, "image_grid_pinpoints": [[8, 16]]},
     "llava_next_video": {"text_config": LLAMA, "vision_config": CLIP, "image_grid_pinpoints": [[8, 16]]},

@@ -9,6 +9,7 @@ import torch
 
 from crosslayer import CrossLayerTranscoder, cli
 from crosslayer.training.trainer import Trainer
+from families import family
 
 
 @pytest.fixture
@@ -74,6 +75,23 @@ def test_inspect_prints_sites_gaps_and_wiring(run, llava_folder):
     assert code == 0
     assert "model.language_model.layers.2.mlp" in out
     assert "span 2, first_target 0, 5 decoders" in out
+
+
+def test_inspect_needs_no_tokenizer_and_prints_what_is_unusual(run, tmp_path):
+    family("qwen3_next").save_pretrained(tmp_path)
+    code, out, _ = run("inspect", tmp_path, "--dtype", "bf16")
+    assert code == 0
+    assert "note            linear attention in layers 0: attention patterns cannot be frozen there" in out
+    assert "torch.bfloat16" in out
+
+
+def test_a_dry_run_needs_no_weights_and_a_training_does(run, text, llava, tmp_path):
+    llava.model.config.save_pretrained(tmp_path)
+    train = ["train", tmp_path, text, "--out", tmp_path / "run"]
+    code, out, _ = run(*train, "--dry-run")
+    assert code == 0
+    assert "time: capturing" in out
+    check_refused(run(*train), tmp_path, "cannot be loaded")
 
 
 @pytest.mark.parametrize("verb", list(cli.VERBS))

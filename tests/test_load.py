@@ -1,15 +1,17 @@
 """Loading models: what comes with one, and what is refused."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, T5Config
 
-from crosslayer import Example, UserError, load_model
+from crosslayer import Example, ReplacementModel, UserError, Wiring, load_model
 from crosslayer.files import read_tensors, write_tensors
 from crosslayer.models import load
 from crosslayer.models.prompts import prepare
+from making import finished_coder
 
 
 def test_a_folder_is_loaded_frozen_with_its_sites(llava_folder):
@@ -153,6 +155,16 @@ def test_what_is_missing_is_named(llama_folder, monkeypatch, there, settings, na
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=named):
         load_model(llama_folder, **settings)
+
+
+def test_layers_are_spread_by_accelerate(llama_folder, llama):
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "lm_head"), "cpu")
+    model = load_model(llama_folder, device_map={**places, "model.rotary_emb": "cpu", "model.layers.1": "disk"})
+    assert next(model.sites.layers[1].mlp.parameters()).is_meta  # fetched when its layer runs
+    prompts = [Example("a", "a cat and")]
+    coder = finished_coder(Wiring.full(3))
+    answers = [ReplacementModel(m, deepcopy(coder)).generate_batch(prompts, max_new_tokens=5) for m in (model, llama)]
+    assert answers[0] == answers[1]
 
 
 def test_a_configuration_alone_gives_a_sketch(tmp_path, llama):

@@ -86,7 +86,7 @@ def load_model(
     read: str = "resid",
     device: str | None = None,
     dtype: str = "auto",
-    device_map: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
     load_in: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
@@ -98,7 +98,7 @@ def load_model(
         read: `resid` or `mlp_in`; see `crosslayer.models.sites`.
         device: where to put it; a GPU when there is one.
         dtype: of the weights: `auto` (as they are on disk), `fp32`, `bf16`, `fp16`.
-        device_map: how accelerate spreads the layers over several devices, `auto` or `balanced` for one.
+        device_map: how accelerate spreads the layers over several devices: `auto`, `balanced`, or device by module.
         load_in: `4bit` or `8bit`, by bitsandbytes.
         trust_remote_code: run model code that comes with a hub id.
 
@@ -208,7 +208,7 @@ def _precision(dtype: str, load_in: str | None) -> dict[str, Any]:
     return {"dtype": DTYPES[dtype], "quantization_config": BitsAndBytesConfig(**QUANTISED[load_in])}
 
 
-def _check_device(device: str | None, device_map: str | None) -> None:
+def _check_device(device: str | None, device_map: str | dict[str, Any] | None) -> None:
     if device is not None:
         _check_there(device)
     if device_map is None:

@@ -10,6 +10,9 @@ from crosslayer.models.search import search
 from crosslayer.models.sites import Sites, block_sites, check_family, table_sites, text_kind
 from crosslayer.models.sites_table import BLOCKS
 
+WRONG = (RuntimeError, ValueError, TypeError, IndexError)
+"""What a layer may raise when something is replaced in it that is not its MLP: refuted as surely as by a gap."""
+
 
 def resolve_sites(model: PreTrainedModel, read: str, inputs: dict[str, Any]) -> tuple[Sites, Proof]:
     """The sites that one small batch proves.
@@ -28,7 +31,7 @@ def resolve_sites(model: PreTrainedModel, read: str, inputs: dict[str, Any]) -> 
     for path, block in search(model, inputs):
         try:
             return prove_sites(model, block_sites(model, path, block, read), inputs)
-        except UserError as error:
+        except (UserError, *WRONG) as error:
             failures.append(str(error))
     raise UserError(
         f"model type {model.config.model_type!r} ({type(model).__name__}): no place where MLPs read and write could be "

@@ -87,7 +87,7 @@ def _patterns(layer: nn.Module, seen: _Seen, mixers: set[str]) -> Iterator[Block
     local = [name for name in seen.gave if name and name not in mixers]
     scales = [None, *(name for name, value in vars(layer).items() if isinstance(value, float) and value not in (0, 1))]
     beside = [(), *((name,) for name in seen.gave if name in mixers and "." not in name and name)]
-    for norm, mlp in _readers(layer, seen, local):
+    for norm, mlp in _readers(layer, seen, local, mixers):
         stream = seen.got[mlp if norm is None else norm]
         for write, scale, adds in product(_writers(seen, local, mlp), scales, beside):
             total = stream + seen.gave[write] * (1.0 if scale is None else getattr(layer, scale))
@@ -97,26 +97,23 @@ def _patterns(layer: nn.Module, seen: _Seen, mixers: set[str]) -> Iterator[Block
                 yield Block(norm, mlp, None if write == mlp else write, scale, adds)
 
 
-def _readers(layer: nn.Module, seen: _Seen, local: list[str]) -> Iterator[tuple[str | None, str]]:
+def _readers(layer: nn.Module, seen: _Seen, local: list[str], mixers: set[str]) -> Iterator[tuple[str | None, str]]:
     """Norms with a module that gets what they give, and modules that may read the stream itself."""
-    modules = [name for name in seen.got if name and not _is_norm(layer.get_submodule(name)) and _computes(layer, name)]
-    for norm in (name for name in local if name in seen.got and _is_norm(layer.get_submodule(name))):
+    outside = (name for name in seen.got if name and not any(f"{name}.".startswith(f"{m}.") for m in mixers))
+    modules = [name for name in outside if _computes(layer.get_submodule(name))]
+    for norm in (name for name in local if name in seen.got and not _computes(layer.get_submodule(name))):
         yield from ((norm, mlp) for mlp in modules if _same(seen.got[mlp], seen.gave[norm]))
-    yield from ((None, mlp) for mlp in modules if mlp in local)
+    yield from ((None, mlp) for mlp in modules)
 
 
 def _writers(seen: _Seen, local: list[str], mlp: str) -> list[str]:
-    """Modules that may give the write of an MLP: itself, or what comes after it, but nothing around it."""
-    return [name for name in local if not mlp.startswith(f"{name}.")]
+    """Modules that may give the write of an MLP: itself, or what comes after it, but nothing around or inside it."""
+    return [n for n in local if not mlp.startswith(f"{n}.") and not n.startswith(f"{mlp}.")]
 
 
-def _computes(layer: nn.Module, name: str) -> bool:
-    return next(layer.get_submodule(name).parameters(), None) is not None
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Nothing but vectors for parameters."""
-    return all(parameter.dim() <= 1 for parameter in module.parameters())
+def _computes(module: nn.Module) -> bool:
+    """It has a matrix, as norms, activations and dropout have not."""
+    return any(parameter.dim() > 1 for parameter in module.parameters())
 
 
 def _complexity(block: Block) -> tuple[int, ...]:
