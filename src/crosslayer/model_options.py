@@ -5,6 +5,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from crosslayer.errors import UserError
 from crosslayer.models.load import DTYPES, QUANTISED, LoadedModel, has_weights, load_model, sketch_model
 
 
@@ -31,7 +32,11 @@ class ModelOptions:
         """The model for a dry run: whole where its weights are there, else from its configuration alone."""
         if has_weights(name):
             return self.load(name, read)
-        return sketch_model(name, revision=self.revision, read=read, trust_remote_code=self.trust_remote_code)
+        if self.load_in is not None:
+            raise UserError(f"{name}: holds no weights, so what --load-in {self.load_in} makes of them is not known")
+        return sketch_model(
+            name, revision=self.revision, read=read, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+        )
 
 
 AS_IT_IS = ModelOptions()

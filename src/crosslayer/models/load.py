@@ -124,18 +124,26 @@ def load_model(
 
 
 def sketch_model(
-    name: str | Path, *, revision: str | None = None, read: str = "resid", trust_remote_code: bool = False
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    read: str = "resid",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """A model of which only the configuration is there: no weights, no processor, nothing proved; for sizing alone.
 
     Raises:
         UserError: when there is no such configuration, or the family is not in the table.
     """
+    chosen = _precision(dtype, None)["dtype"]
     files = _files(str(name), revision=revision, trust_remote_code=trust_remote_code)
     config = _from_hub(AutoConfig, files)
     _check_decoder(config, str(name))
     with torch.device("meta"):
-        model = _auto_class(config).from_config(config, dtype=config.dtype or torch.float32)
+        model = _auto_class(config).from_config(
+            config, dtype=config.dtype or torch.float32 if chosen == "auto" else chosen
+        )
     return LoadedModel(str(name), revision or "", model, None, find_sites(model, read), None)
 
 
