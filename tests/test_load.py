@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from crosslayer import Example, ReplacementModel, UserError, Wiring, load_model
 from crosslayer.files import read_tensors, write_tensors
 from crosslayer.models import load
+from crosslayer.models.probe import PIXELS
 from crosslayer.models.prompts import prepare
 from making import finished_coder
 
@@ -109,6 +110,13 @@ def test_configuration_and_weights_are_enough_to_inspect(tmp_path, llama):
     assert max(model.proof.residual_gaps) < 1e-5
     with pytest.raises(UserError, match="LlamaForCausalLM came without tokenizer or processor"):
         prepare(model.model, model.processor, [Example("a", "a cat")])
+
+
+def test_a_vision_model_proved_on_text_alone_says_so(tmp_path, llava, monkeypatch):
+    llava.model.save_pretrained(tmp_path)
+    assert load_model(tmp_path).sites.notes == ()
+    monkeypatch.delitem(PIXELS, "llava")
+    assert load_model(tmp_path).sites.notes == ("proved on text alone: it came without a processor",)
 
 
 def test_a_broken_tokenizer_is_named(tmp_path, llama):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from crosslayer import UserError
 from crosslayer.models.probe import PIXELS, n_image_tokens, probe, random_inputs
 from families import IMAGE, SPECIAL, VISUAL, family
 
@@ -27,6 +28,12 @@ def test_image_tokens_are_as_many_as_features(name):
 def test_a_family_whose_pixels_are_unknown_gets_words(monkeypatch):
     monkeypatch.delitem(PIXELS, "llava")
     assert random_inputs(family("llava")).keys() == {"input_ids"}
+
+
+def test_a_model_that_does_not_run_on_random_inputs_asks_for_its_processor(monkeypatch):
+    monkeypatch.delitem(PIXELS, "blip-2")  # which cannot do without pixels
+    with pytest.raises(UserError, match="'blip-2' came without .* put the processor's files beside .*pixel_values"):
+        probe(family("blip-2"), None, True)
 
 
 def test_with_a_processor_the_probe_is_a_real_prompt(llava):

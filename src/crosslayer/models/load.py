@@ -1,6 +1,6 @@
 """Loading a language or vision-language model together with its processor and its proved sites."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,10 @@ def load_model(
     if device_map is None and load_in is None:
         model.to(device or _best_device())
     processor = _processor(files, config)
-    sites, proof = resolve_sites(model, read, probe(model, processor, _sees(config)))
+    inputs = probe(model, processor, _sees(config))
+    sites, proof = resolve_sites(model, read, inputs)
+    if _sees(config) and len(inputs) == 1:
+        sites = replace(sites, notes=(*sites.notes, "proved on text alone: it came without a processor"))
     return LoadedModel(str(name), revision or "", model, processor, sites, proof)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from crosslayer.data.examples import Example
+from crosslayer.errors import UserError
 from crosslayer.models.prompts import prepare
 
 LENGTH = 12
@@ -16,11 +17,29 @@ LENGTH = 12
 
 
 def probe(model: PreTrainedModel, processor: Any, sees: bool) -> dict[str, Any]:
-    """Keyword arguments of one forward pass, without padding."""
+    """Keyword arguments of one forward pass, without padding.
+
+    Raises:
+        UserError: when the model came without a processor, and does not run on random tokens and pixels.
+    """
     if processor is None:
-        return random_inputs(model)
+        return _checked_random_inputs(model)
     picture = Image.new("RGB", (64, 64), "grey") if sees else None
     return prepare(model, processor, [Example("probe", "what is there in the picture ?", image=picture)]).inputs
+
+
+def _checked_random_inputs(model: PreTrainedModel) -> dict[str, Any]:
+    try:
+        inputs = random_inputs(model)
+        with torch.no_grad():
+            model(**inputs, use_cache=False)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model type {model.config.model_type!r} came without tokenizer or processor and does not run on random "
+            f"tokens and pixels; put the processor's files beside the weights ({type(error).__name__}: {reason})"
+        ) from error
+    return inputs
 
 
 def random_inputs(model: PreTrainedModel) -> dict[str, Any]:

@@ -6,12 +6,13 @@
 3. With every MLP's own output written back: the logits are unchanged.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from crosslayer.errors import UserError
@@ -89,13 +90,9 @@ class _Pass:
             entering([site.mlp for site in sites], self._on_mlp),
             ExitStack() as stack,
         ):
-            for site in sites:
-                stack.enter_context(watching(site.adds, self._on_add))
             for index, site in enumerate(sites):
-                handle = site.write.register_forward_hook(
-                    lambda _, args, out, i=index: self.n_returned.__setitem__(i, _length(out))
-                )
-                stack.callback(handle.remove)
+                stack.enter_context(watching(site.adds, self._on_add))
+                stack.callback(site.write.register_forward_hook(self._on_returned(index)).remove)
             stack.enter_context(watching(layers, self._on_leave))
             return model(**inputs, use_cache=False).logits
 
@@ -103,6 +100,12 @@ class _Pass:
         """The sites with what this pass saw of them."""
         pairs = zip(self.sites.layers, self.n_returned, strict=True)
         return replace(self.sites, layers=tuple(replace(site, n_returned=n) for site, n in pairs))
+
+    def _on_returned(self, layer: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple, output: Any) -> None:
+            self.n_returned[layer] = 0 if isinstance(output, Tensor) else len(output)
+
+        return hook
 
     def _on_enter(self, layer: int, x: Tensor) -> None:
         if self._last is not None:
@@ -131,10 +134,6 @@ class _Pass:
         if layer in self.reads and layer in self.writes:
             expected = self.reads[layer] + self.writes[layer] + self._added
             self.residual.append(_gap(expected if scale is None else expected * scale, out))
-
-
-def _length(output: Any) -> int:
-    return 0 if isinstance(output, Tensor) else len(output)
 
 
 def _locality(model: PreTrainedModel, sites: Sites, inputs: dict[str, Any], first: _Pass) -> list[float]:

@@ -10,7 +10,7 @@ from crosslayer.models.search import search
 from crosslayer.models.sites import Sites, block_sites, check_family, table_sites, text_kind
 from crosslayer.models.sites_table import BLOCKS
 
-WRONG = (RuntimeError, ValueError, TypeError, IndexError)
+WRONG = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 """What a layer may raise when something is replaced in it that is not its MLP: refuted as surely as by a gap."""
 
 

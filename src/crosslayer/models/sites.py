@@ -58,10 +58,10 @@ def find_sites(model: PreTrainedModel, read: str = "resid") -> Sites:
     Raises:
         UserError: when the family is not in the table, or a module is not where the table says.
     """
-    return next(table_sites(model, read))
+    return table_sites(model, read)[0]
 
 
-def table_sites(model: PreTrainedModel, read: str = "resid") -> Iterator[Sites]:
+def table_sites(model: PreTrainedModel, read: str = "resid") -> list[Sites]:
     """The sites by every pattern of the table that fits the model's modules; at least one.
 
     Raises:
@@ -71,16 +71,15 @@ def table_sites(model: PreTrainedModel, read: str = "resid") -> Iterator[Sites]:
     kind = text_kind(model)
     if kind not in BLOCKS:
         raise UserError(f"model type {kind!r} ({type(model).__name__}) is not in the table of families")
-    path, failure = _layers_path(model, kind), UserError()
-    found = False
+    path, fitting, failures = _layers_path(model, kind), list[Sites](), list[UserError]()
     for block in BLOCKS[kind]:
         try:
-            yield block_sites(model, path, block, read)
-            found = True
+            fitting.append(block_sites(model, path, block, read))
         except UserError as error:
-            failure = error
-    if not found:
-        raise failure
+            failures.append(error)
+    if not fitting:
+        raise failures[0]
+    return fitting
 
 
 def check_family(model: PreTrainedModel, read: str) -> None:
