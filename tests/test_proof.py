@@ -50,6 +50,15 @@ def test_a_norm_that_does_not_read_the_stream_of_its_mlp_is_named(model, inputs)
         prove_sites(model, replace(sites, layers=tuple(wrong)), inputs)
 
 
+def test_a_massive_activation_hides_nothing(model, inputs):
+    """A small addition at all positions, beside one token whose stream is a million times as large."""
+    model.model.embed_tokens.weight.data[inputs["input_ids"][0, 0]] *= 1e6
+    layer, forward = model.model.layers[1], model.model.layers[1].forward
+    layer.forward = lambda *args, **kwargs: forward(*args, **kwargs) + 0.01
+    with pytest.raises(UserError, match="^model.layers.1.mlp"):
+        prove_sites(model, find_sites(model), inputs)
+
+
 def test_an_mlp_used_in_another_way_too_is_refused(model, inputs):
     """The logits depend on what happens inside the MLP: only the second check can see it."""
     inside = [0.0]
