@@ -263,6 +263,10 @@ VISUAL: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "qwen2_vl_text", **SMALL, "rope_parameters": ROPE},
         "vision_config": {**QWEN_VISION, "mlp_ratio": 2},
     },
+    "qwen3_5": {
+        "text_config": {"model_type": "qwen3_5_text", **SMALL, **LINEAR, "rope_parameters": ROPE},
+        "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [], "num_position_embeddings": 16},
+    },
     "qwen3_vl": {
         "text_config": {"model_type": "qwen3_vl_text", **SMALL, "rope_parameters": ROPE},
         "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},

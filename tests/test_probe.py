@@ -25,6 +25,10 @@ def test_image_tokens_are_as_many_as_features(name):
     assert pixels.keys() < inputs.keys()
 
 
+def test_every_family_with_pixels_is_tested():
+    assert {name.split(",")[0] for name in VISUAL} == set(PIXELS)
+
+
 def test_a_family_whose_pixels_are_unknown_gets_words(monkeypatch):
     monkeypatch.delitem(PIXELS, "llava")
     assert random_inputs(family("llava")).keys() == {"input_ids"}

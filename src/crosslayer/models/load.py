@@ -106,7 +106,11 @@ def load_model(
         UserError: when there is no such model, its sites are not where they should be, or it cannot be loaded so.
     """
     _check_device(device, device_map)
-    settings = {**_precision(dtype, load_in), **({} if device_map is None else {"device_map": device_map})}
+    settings = _precision(dtype, load_in)
+    if load_in is not None and device is not None:
+        device_map = {"": device}  # quantised weights cannot be moved
+    if device_map is not None:
+        settings["device_map"] = device_map
     files = _files(str(name), revision=revision, trust_remote_code=trust_remote_code)
     config = _from_hub(AutoConfig, files)
     _check_decoder(config, str(name))
@@ -143,10 +147,9 @@ def sketch_model(
     files = _files(str(name), revision=revision, trust_remote_code=trust_remote_code)
     config = _from_hub(AutoConfig, files)
     _check_decoder(config, str(name))
+    as_on_disk = config.dtype or torch.float32
     with torch.device("meta"):
-        model = _auto_class(config).from_config(
-            config, dtype=config.dtype or torch.float32 if chosen == "auto" else chosen
-        )
+        model = _auto_class(config).from_config(config, dtype=as_on_disk if chosen == "auto" else chosen)
     return LoadedModel(str(name), revision or "", model, None, find_sites(model, read), None)
 
 

@@ -53,14 +53,17 @@ def _lists(model: PreTrainedModel) -> list[str]:
 def _observe(model: PreTrainedModel, layer: nn.Module, inputs: dict[str, Any]) -> tuple[_Seen, set[str]]:
     """What the layer's modules saw, and which of them mix positions.
 
-    Those tell, at later positions, that the first token is another one, though what they get there is the same.
+    Those tell, at later positions, that the first word is another one, though what they get there is the same.
     """
     tokens = inputs["input_ids"].clone()
-    tokens[:, 0] = (tokens[:, 0] + 1) % model.config.get_text_config().vocab_size
+    words = (tokens[0] != getattr(model.config, "image_token_id", -1)).nonzero().flatten()
+    first = int(words[0])
+    others = tokens[0, words][tokens[0, words] != tokens[0, first]]
+    tokens[:, first] = others[-1]
     a, b = _record(model, layer, inputs), _record(model, layer, {**inputs, "input_ids": tokens})
 
     def differs(x: Tensor, y: Tensor) -> bool:
-        return not _same(*(z.view(*tokens.shape, -1)[:, 1:] for z in (x, y)))
+        return not _same(*(z.view(*tokens.shape, -1)[:, first + 1 :] for z in (x, y)))
 
     both = a.got.keys() & a.gave.keys()
     return a, {name for name in both if differs(a.gave[name], b.gave[name]) and not differs(a.got[name], b.got[name])}
