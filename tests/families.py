@@ -296,7 +296,7 @@ def family(name: str) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    model.generation_config = GenerationConfig(**SPECIAL)
+    model.generation_config = GenerationConfig(**SPECIAL, suppress_tokens=[IMAGE])
     return model.eval()
 
 
