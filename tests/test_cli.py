@@ -11,6 +11,7 @@ from crosslayer import CrossLayerTranscoder, Example, cli, load_model
 from crosslayer.activations.capture import capture_all
 from crosslayer.models.prompts import prepare
 from crosslayer.training.trainer import Trainer
+from families import family
 
 
 @pytest.fixture
@@ -76,6 +77,23 @@ def test_inspect_prints_sites_gaps_and_wiring(run, llava_folder):
     assert code == 0
     assert "model.language_model.layers.2.mlp" in out
     assert "span 2, first_target 0, 5 decoders" in out
+
+
+def test_inspect_needs_no_tokenizer_and_prints_what_is_unusual(run, tmp_path):
+    family("qwen3_next").save_pretrained(tmp_path)
+    code, out, _ = run("inspect", tmp_path, "--dtype", "bf16")
+    assert code == 0
+    assert "note            linear attention in layers 0: attention patterns cannot be frozen there" in out
+    assert "torch.bfloat16" in out
+
+
+def test_a_dry_run_needs_no_weights_and_a_training_does(run, text, llava, tmp_path):
+    llava.model.config.save_pretrained(tmp_path)
+    train = ["train", tmp_path, text, "--out", tmp_path / "run"]
+    code, out, _ = run(*train, "--dry-run")
+    assert code == 0
+    assert "time: capturing" in out
+    check_refused(run(*train), tmp_path, "cannot be loaded")
 
 
 @pytest.mark.parametrize("verb", list(cli.VERBS))
@@ -265,7 +283,7 @@ def captured(run, llama_folder, text, tmp_path):
 
 def test_capture_info_verify_train(run, captured, llama_folder, tmp_path):
     store = tmp_path / "store"
-    code, out, err = captured("--dtype", "int8")
+    code, out, err = captured("--store-dtype", "int8")
     assert code == 0, err
     assert "about" in err
     assert "are free" in err
@@ -333,7 +351,7 @@ def test_layered_batches_become_a_store(run, llama_folder, tmp_path):
     code, out, err = run(*command, "--model", llama_folder)
     assert code == 0, err
     assert "wirings with first_target 1, of any span" in out
-    code, out, _ = run(*command, "--overwrite", "--dtype", "fp32")
+    code, out, _ = run(*command, "--overwrite", "--store-dtype", "fp32")
     assert "none: " in out
     assert "lacks what layer 0's MLP writes" in out
     check_refused(run(*command), "--overwrite")
@@ -341,6 +359,6 @@ def test_layered_batches_become_a_store(run, llama_folder, tmp_path):
         run(*command, "--overwrite", "--model", llama_folder, "--target-offset", 0), "--target-offset 1 it is"
     )
     check_refused(
-        run("import", "eleuther", tmp_path, "--out", tmp_path / "x", "--dtype", "fp32"),
+        run("import", "eleuther", tmp_path, "--out", tmp_path / "x", "--store-dtype", "fp32"),
         "eleuther has no use",
     )

@@ -5,9 +5,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from crosslayer.models.hooks import before_forward, reading, recording, replacing
+from crosslayer.models.hooks import before_forward, feeding, reading, recording, replacing
+from crosslayer.models.probe import random_inputs
 from crosslayer.models.prompts import prepare
+from crosslayer.models.resolve import resolve_sites
 from crosslayer.models.sites import find_sites
+from families import family
 from making import text_examples, traces
 
 
@@ -95,6 +98,30 @@ def test_replaced_mlps_are_not_computed(llama, inputs):
         llama.model(**inputs)
         assert not computed
     assert len(reads) == 3
+
+
+def test_what_is_fed_is_what_mlps_see_and_the_stream_stays(llama, inputs):
+    stream, writes = {}, {}
+    with reading(llama.sites, stream.__setitem__):
+        llama.model(**inputs)
+    fed = {layer: -x for layer, x in stream.items()}
+    with recording(llama.sites, lambda *_: None, writes.__setitem__), feeding(llama.sites, fed.__getitem__):
+        states = llama.model(**inputs, output_hidden_states=True).hidden_states
+    for layer, site in enumerate(llama.sites.layers):
+        torch.testing.assert_close(writes[layer], site.mlp(site.norm(-stream[layer])))
+    torch.testing.assert_close(states[1], stream[0] + writes[0])
+
+
+@pytest.mark.parametrize("name", ["granite", "opt", "gpt_oss", "llama4_text"])
+def test_reads_and_writes_have_the_shape_of_the_stream_and_count_as_added(name):
+    model = family(name)
+    tokens = random_inputs(model)
+    sites, _ = resolve_sites(model, "resid", tokens)
+    reads, writes = {}, {}
+    with recording(sites, reads.__setitem__, writes.__setitem__):
+        states = model(**tokens, output_hidden_states=True).hidden_states
+    assert reads[0].shape == writes[0].shape == states[0].shape
+    torch.testing.assert_close(reads[0] + writes[0], states[1])
 
 
 def test_before_forward_sees_the_arguments_first(llama, inputs):

@@ -13,6 +13,7 @@ DOORS = {"crosslayer", "crosslayer.__main__"}
 FLOORS = (
     {"cli"},
     {"options", "eleuther_options"},
+    {"model_options"},
     {"report"},
     {"demo"},
     {"workflow", "planning"},

@@ -7,7 +7,11 @@ import torch
 
 from crosslayer import Adam8bit, BatchTopK, Full, JointTopK, LowRank, ReLU, SourceTied, TargetTied, TrainConfig, Wiring
 from crosslayer.coders.transcoder import CrossLayerTranscoder
-from crosslayer.planning import Rates, measure_rates, plan, proposals
+from crosslayer.models.load import LoadedModel, sketch_model
+from crosslayer.models.sites import find_sites
+from crosslayer.planning import Rates, estimate, forward_flops, measure_rates, plan, proposals
+from families import family
+from making import text_examples
 
 RATES = Rates(product_flops=1e9, gathered=1e8, updated=1e7, looked_at=1e8)
 
@@ -69,6 +73,34 @@ def test_micro_batches_are_proposed_first():
 
 def test_nothing_is_proposed_where_nothing_fits():
     assert proposals(config(), 16, room=10) == []
+
+
+@pytest.fixture
+def sketch(llama, tmp_path):
+    llama.model.config.save_pretrained(tmp_path)
+    return sketch_model(tmp_path)
+
+
+def test_a_forward_pass_is_two_operations_a_weight(llama, sketch):
+    weights = sum(p.numel() for n, p in llama.body.named_parameters() if "embed" not in n)
+    assert forward_flops(sketch) == forward_flops(llama) == 2 * weights
+
+
+def test_of_experts_those_that_are_used_count():
+    model = family("mixtral")
+    loaded = LoadedModel("mixtral", "", model, None, find_sites(model), None)
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    weights = sum(p.numel() for n, p in model.model.named_parameters() if "embed" not in n)
+    assert forward_flops(loaded) == 2 * (weights - experts / 2)  # 2 of 4
+
+
+def test_a_sketch_is_priced_as_the_model_is(llama, sketch, tmp_path):
+    settings = replace(config(), wiring=Wiring.full(3))
+    priced, measured = (estimate(m, text_examples(4), settings, tmp_path) for m in (sketch, llama))
+    assert priced.model == measured.model
+    assert priced.plan.n_parameters == measured.plan.n_parameters
+    assert priced.plan.disk == measured.plan.disk
+    assert priced.capture_seconds > 0
 
 
 def test_rates_of_this_machine_are_positive():

@@ -32,7 +32,7 @@ def test_a_stock_model_passes(kind, request):
 
 
 def test_the_choice_of_read_changes_nothing(llama, inputs):
-    proofs = [prove_sites(llama.model, find_sites(llama.model, read), inputs) for read in ("resid", "mlp_in")]
+    proofs = [prove_sites(llama.model, find_sites(llama.model, read), inputs)[1] for read in ("resid", "mlp_in")]
     assert proofs[0] == proofs[1]
 
 
@@ -48,6 +48,15 @@ def test_a_norm_that_does_not_read_the_stream_of_its_mlp_is_named(model, inputs)
     wrong = [replace(site, norm=site.layer.input_layernorm) for site in sites.layers]
     with pytest.raises(UserError, match="model.layers.0.mlp"):
         prove_sites(model, replace(sites, layers=tuple(wrong)), inputs)
+
+
+def test_a_massive_activation_hides_nothing(model, inputs):
+    """A small addition at all positions, beside one token whose stream is a million times as large."""
+    model.model.embed_tokens.weight.data[inputs["input_ids"][0, 0]] *= 1e6
+    layer, forward = model.model.layers[1], model.model.layers[1].forward
+    layer.forward = lambda *args, **kwargs: forward(*args, **kwargs) + 0.01
+    with pytest.raises(UserError, match="^model.layers.1.mlp"):
+        prove_sites(model, find_sites(model), inputs)
 
 
 def test_an_mlp_used_in_another_way_too_is_refused(model, inputs):

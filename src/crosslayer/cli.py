@@ -39,6 +39,7 @@ from crosslayer.formats import (
     write_circuit_tracer,
     write_eleuther,
 )
+from crosslayer.model_options import AS_IT_IS, ModelOptions
 from crosslayer.models.load import LoadedModel, load_model
 from crosslayer.options import TrainOptions
 from crosslayer.planning import estimate
@@ -67,12 +68,14 @@ READERS: dict[str, Any] = {
 }
 WRITERS: dict[str, Any] = {"eleuther": write_eleuther, "circuit-tracer": write_circuit_tracer}
 
-Model = Annotated[Positional[str], arg(metavar="MODEL", help="Bundled name (emoji-llava), model folder, or hub id.")]
+Model = Annotated[
+    Positional[str], arg(metavar="MODEL", help="Bundled name (emoji-llava, smollm2), model folder, or hub id.")
+]
 Data = Annotated[Positional[str], arg(metavar="DATA", help=DATA_KINDS)]
 Run = Annotated[Positional[str], arg(metavar="RUN", help="Folder of a trained transcoder, or its hub id.")]
 HowRead = Annotated[Reading, arg(name="")]
 Read = Annotated[str, arg(help="What the encoders read: resid (before the MLP's norm) or mlp_in (after).")]
-Revision = Annotated[str | None, arg(help="Revision of a hub id.")]
+Loading = Annotated[ModelOptions, arg(name="")]
 Seed = Annotated[int, arg(help="Seed of the weights and of the order of the data.")]
 FirstTarget = Annotated[int, arg(help="0: a source writes to its own layer first; 1: to the next.")]
 OtherModel = Annotated[str | None, arg(help="Model to use instead of the one the run names.")]
@@ -101,15 +104,15 @@ def demo(
 
 def inspect(
     model: Model,
-    revision: Revision = None,
     read: Annotated[
         str, arg(help="What the encoders read: resid (before the MLP's norm) or mlp_in (after).")
     ] = "resid",
     span: Annotated[int | None, arg(help="Layers a source writes to, for the wiring table; all by default.")] = None,
     first_target: FirstTarget = 0,
+    loading: Loading = AS_IT_IS,
 ) -> None:
     """Print a model's sites, sizes and the self-test: residual identity and self-replacement."""
-    loaded = load_model(model, revision=revision, read=read)
+    loaded = loading.load(model, read)
     print(inspection(loaded, _wiring(loaded, span, first_target)))
 
 
@@ -150,17 +153,17 @@ def capture(
     reading: HowRead = Reading(),  # noqa: B008
     tokens: Annotated[int | None, arg(help="Tokens to keep.")] = None,
     prompts: Annotated[int | None, arg(help="Prompts to keep all tokens of; by default all of DATA once.")] = None,
-    dtype: Annotated[str, arg(help="bf16, fp32, or int8 with a scale for each token and layer.")] = "bf16",
+    store_dtype: Annotated[str, arg(help="bf16, fp32, or int8 with a scale for each token and layer.")] = "bf16",
     layers: Annotated[str | None, arg(help="Layers to keep, as in 8-15; training needs all, the default.")] = None,
     seed: Annotated[int, arg(help="Seed of the order of the data; train with the same to train as on the stream.")] = 0,
     shard_mib: Annotated[int, arg(help="Size that a file does not pass, in MiB.")] = SHARD_BYTES // 2**20,
     read: Read = "resid",
-    revision: Revision = None,
     resume: Annotated[bool, arg(help="Go on after the last whole shard in --out.")] = False,
     overwrite: Annotated[bool, arg(help="Replace the store that --out holds.")] = False,
+    loading: Loading = AS_IT_IS,
 ) -> None:
     """Keep what a model's MLPs read and write on disk; the room needed is said first; resumable."""
-    loaded = load_model(model, revision=revision, read=read)
+    loaded = loading.load(model, read)
     examples = read_data(data, reading, loaded)
     store = capture_to_store(
         loaded,
@@ -168,7 +171,7 @@ def capture(
         out,
         tokens=tokens,
         prompts=prompts,
-        dtype=dtype,
+        dtype=store_dtype,
         layers=None if layers is None else _layers(layers),
         seed=seed,
         shard_bytes=shard_mib * 2**20,
@@ -201,9 +204,10 @@ def evaluate(
     prompts: Annotated[int, arg(help="How many examples to use at most.")] = 128,
     json: Annotated[Path | None, arg(help="File for all figures, per layer and modality too.")] = None,
     model: OtherModel = None,
+    loading: Loading = AS_IT_IS,
 ) -> None:
     """Measure how well a run's replacement model stands in for the original."""
-    coder, loaded = _load_run(run, model)
+    coder, loaded = _load_run(run, model, loading)
     examples = _held_out(loaded, data, reading, prompts)
     if json is not None:
         examples.skipped.list_in(json.with_suffix(".skipped.jsonl"))
@@ -221,12 +225,13 @@ def generate(
     max_new_tokens: Annotated[int, arg(help="Tokens to generate at most.")] = 32,
     temperature: Annotated[float, arg(help="0 is greedy; above it, sampling.")] = 0.0,
     model: OtherModel = None,
+    loading: Loading = AS_IT_IS,
 ) -> None:
     """Let the original and the replacement answer the same prompt, side by side."""
     _check_positive(max_new_tokens=max_new_tokens)
     if temperature < 0:
         raise UserError(f"temperature is {temperature}; choose 0 for greedy or more")
-    coder, loaded = _load_run(run, model)
+    coder, loaded = _load_run(run, model, loading)
     examples = [Example("prompt", prompt, image=None if image is None else open_image(image))]
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if temperature:
@@ -243,12 +248,12 @@ def respond(
     reading: HowRead = Reading(),  # noqa: B008
     prompts: Annotated[int | None, arg(help="How many examples to answer at most; all by default.")] = None,
     answering: Annotated[Answering, arg(name="")] = Answering(),  # noqa: B008
-    revision: Revision = None,
     resume: Annotated[bool, arg(help="Go on after an interruption, to the answers of an unbroken run.")] = False,
     overwrite: Annotated[bool, arg(help="Replace an earlier file of answers.")] = False,
+    loading: Loading = AS_IT_IS,
 ) -> None:
     """Let a model answer every prompt of DATA, greedily by default, and keep prompts, images and answers."""
-    loaded = load_model(model, revision=revision)
+    loaded = loading.load(model)
     examples = read_data(data, reading, loaded, n=prompts)
     n = run_respond(loaded, examples, out, answering, resume=resume, overwrite=overwrite)
     print(f"{out}: {n:,} answers\nnext: crosslayer train {model} {out} --out RUN")
@@ -277,8 +282,11 @@ def import_(
         arg(help="layered-plt: a layer that no file writes to can keep its own MLP (keep, the default) or write zero."),
     ] = None,
     norm_eps: Annotated[float | None, arg(help="layered-plt: eps of the LayerNorms, 1e-5 by default.")] = None,
-    dtype: Annotated[str | None, arg(help="layered-batches: form of the store, bf16 (default), fp32 or int8.")] = None,
+    store_dtype: Annotated[
+        str | None, arg(help="layered-batches: form of the store, bf16 (default), fp32 or int8.")
+    ] = None,
     overwrite: Overwrite = False,
+    loading: Loading = AS_IT_IS,
 ) -> None:
     """Turn transcoders trained elsewhere into a run that every verb takes, or foreign activations into a store.
 
@@ -291,16 +299,17 @@ def import_(
     """
     check_folder(out, overwrite)
     settings = {"read": read, "names": names, "target_offset": target_offset, "unwritten": unwritten}
-    settings |= {"norm_eps": norm_eps, "dtype": dtype, "data": data}
+    settings |= {"norm_eps": norm_eps, "store_dtype": store_dtype, "data": data}
     if format == LAYERED_BATCHES:
-        _import_batches(source, out, model, overwrite, **_settings_of(_import_batches, format, settings))
+        loaded = None if model is None else loading.load(model)
+        _import_batches(source, out, loaded, overwrite, **_settings_of(_import_batches, format, settings))
         return
     reader = _format(READERS, format)
     coder = reader(source, **_settings_of(reader, format, {**settings, "data": None}))
     if (model is None) != (data is None):
         raise UserError("give --model and --data together, or neither")
     if model is not None and data is not None:
-        loaded = load_model(model, read=coder.provenance.read)
+        loaded = loading.load(model, coder.provenance.read)
         adopt(loaded, load_data(data, model=loaded), coder)
     claim_folder(out, overwrite, RUN_FILES)
     coder.save(out)
@@ -309,12 +318,12 @@ def import_(
 
 
 def _import_batches(
-    source: Path, out: Path, model: str | None, overwrite: bool, *, target_offset: int = 1, dtype: str = "bf16"
+    source: Path, out: Path, model: LoadedModel | None, overwrite: bool, *, target_offset: int = 1, store_dtype="bf16"
 ) -> None:
     batches = read_layered_batches(source, target_offset)
-    loaded = None if model is None else load_model(model)
-    store = store_batches(batches, out, model=loaded, dtype=dtype, overwrite=overwrite)
-    print(f"{store_table(store)}\n\nnext: crosslayer train {model or 'MODEL'} --store {out} --out RUN")
+    store = store_batches(batches, out, model=model, dtype=store_dtype, overwrite=overwrite)
+    name = "MODEL" if model is None else model.id
+    print(f"{store_table(store)}\n\nnext: crosslayer train {name} --store {out} --out RUN")
 
 
 def export(
@@ -393,7 +402,8 @@ def _settings_of(reader: Any, format: str, settings: dict[str, Any]) -> dict[str
 def _model_and_data(options: TrainOptions) -> tuple[LoadedModel, Examples]:
     if options.data is None:
         raise UserError("there is nothing to train on; give DATA or --store")
-    loaded = load_model(options.model, revision=options.revision, read=options.read)
+    load = options.loading.sketch if options.dry_run else options.loading.load
+    loaded = load(options.model, options.read)
     return loaded, read_data(options.data, options.reading, loaded)
 
 
@@ -415,14 +425,14 @@ def _wiring(model: LoadedModel, span: int | None, first_target: int) -> Wiring:
     return Wiring.full(model.n_layers, first_target) if span is None else Wiring(model.n_layers, span, first_target)
 
 
-def _load_run(run: str, model: str | None) -> tuple[CrossLayerTranscoder, LoadedModel]:
+def _load_run(run: str, model: str | None, loading: ModelOptions) -> tuple[CrossLayerTranscoder, LoadedModel]:
     coder = CrossLayerTranscoder.load(run)
     came_from = coder.provenance
     name = model or came_from.model_id
     if not name:
         raise UserError(f"{run}: does not say which model it was trained on; add --model")
-    revision = None if model else came_from.revision or None
-    return coder, load_model(name, revision=revision, read=came_from.read)
+    revision = loading.revision or (None if model else came_from.revision or None)
+    return coder, replace(loading, revision=revision).load(name, came_from.read)
 
 
 def _print_skipped(data: Examples | None) -> None:

@@ -12,6 +12,7 @@ from crosslayer.coders.sparsity import KINDS, Sparsity, read_sparsity
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.reading import DATA_KINDS, Reading
 from crosslayer.errors import UserError
+from crosslayer.model_options import AS_IT_IS, ModelOptions
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.losses import LOSSES, read_loss
 from crosslayer.training.optimizers import OPTIMIZERS, read_optimizer
@@ -33,7 +34,7 @@ class TrainOptions:
     """Options of `crosslayer train`; one that does not go with the others is refused, never ignored."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """Bundled name (emoji-llava), model folder, or hub id."""
+    """Bundled name (emoji-llava, smollm2), model folder, or hub id; for --dry-run a configuration is enough."""
     data: Annotated[Positional[str | None], arg(metavar="DATA", help=DATA_KINDS)] = None
     out: Path
     """Folder of the run."""
@@ -115,8 +116,7 @@ class TrainOptions:
     """fp32, or bf16 for products under autocast, with fp32 weights and moments."""
     read: str = "resid"
     """What the encoders read: resid (before the MLP's norm) or mlp_in (after)."""
-    revision: str | None = None
-    """Revision of a hub id."""
+    loading: Annotated[ModelOptions, arg(name="")] = AS_IT_IS
 
     def check_store(self, store: Manifest) -> None:
         """Refuse a store of another model or read than the options name, and options that it has no use for.
@@ -126,8 +126,8 @@ class TrainOptions:
         """
         if store.model and self.model != store.model and Path(self.model).resolve() != Path(store.model).resolve():
             raise UserError(f"{self.store}: is of {store.model}, MODEL is {self.model}; name the store's own")
-        for name in ("revision", "read"):
-            asked, found = getattr(self, name) or "", getattr(store, name)
+        for name, asked in (("revision", self.loading.revision or ""), ("read", self.read)):
+            found = getattr(store, name)
             if asked != found:
                 raise UserError(f"{self.store}: has {name} {found!r}, --{name} is {asked!r}; give the store's own")
         if self.data:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import embedding_bag
 
-from crosslayer.activations.capture import ModelSource
+from crosslayer.activations.capture import CHUNK_BYTES, ModelSource
 from crosslayer.coders.decoders import Full, LowRank
 from crosslayer.coders.sparsity import JointTopK
 from crosslayer.coders.transcoder import CrossLayerTranscoder
@@ -26,6 +26,8 @@ from crosslayer.wiring import Wiring
 FLOAT = 4
 """Bytes of a weight, gradient or activation in training."""
 RANKS = (8, 4, 2, 1)
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Names that configurations have for the number of experts."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,9 @@ class Estimate:
 
     plan: Plan
     model: int
-    """Memory of the language model's weights, there already."""
+    """Memory of the language model's weights."""
     memory_room: int | None
+    """Free beside the language model."""
     disk_room: int
     capture_seconds: float
     proposals: list[str]
@@ -85,24 +88,61 @@ class Estimate:
 
 
 def estimate(model: LoadedModel, data: Sequence[Example], config: TrainConfig, out: Path) -> Estimate:
-    """The plan of a training on this machine; runs the model on one small batch."""
-    source = ModelSource(model, data, seed=config.seed, batch_prompts=16)
-    start = time.perf_counter()
-    captured = next(iter(source.captured(0)))
-    capture_seconds = (time.perf_counter() - start) * config.tokens / len(captured)
-    bytes_a_token = 2 * model.n_layers * model.d_model * captured.x.element_size()
-    chunk = source.chunk_prompts * source.tokens_a_prompt * bytes_a_token
-    cost = plan(config, model.d_model, measure_rates(model.device), chunk)
+    """The plan of a training on this machine.
+
+    Runs the model on one small batch; of a sketch without weights, the time of its forward pass is that of its
+    products and a chunk of captured tokens is as large as one may be.
+    """
+    rates, size = measure_rates(model.device), sum(p.numel() * p.element_size() for p in model.model.parameters())
     room = memory_room(model.device)
+    if model.proof is None:
+        seconds_a_token, chunk = forward_flops(model) / product_flops(model.device, model.model.dtype), CHUNK_BYTES
+        room = None if room is None else max(0, room - size)
+    else:
+        seconds_a_token, chunk = _measured_capture(model, data, config.seed)
+    cost = plan(config, model.d_model, rates, chunk)
     fits = room is None or cost.memory <= room
     return Estimate(
         plan=cost,
-        model=sum(p.numel() * p.element_size() for p in model.model.parameters()),
+        model=size,
         memory_room=room,
         disk_room=disk_room(out),
-        capture_seconds=capture_seconds,
+        capture_seconds=seconds_a_token * config.tokens,
         proposals=[] if fits or room is None else proposals(config, model.d_model, room, chunk),
     )
+
+
+def _measured_capture(model: LoadedModel, data: Sequence[Example], seed: int) -> tuple[float, int]:
+    """Seconds a captured token, and bytes of a chunk of them."""
+    source = ModelSource(model, data, seed=seed, batch_prompts=16)
+    start = time.perf_counter()
+    captured = next(iter(source.captured(0)))
+    seconds = time.perf_counter() - start
+    bytes_a_token = 2 * model.n_layers * model.d_model * captured.x.element_size()
+    return seconds / len(captured), source.chunk_prompts * source.tokens_a_prompt * bytes_a_token
+
+
+def forward_flops(model: LoadedModel) -> float:
+    """Floating-point operations of a forward pass a token, without the head: two for each weight but embeddings.
+
+    Of experts, those that a token is sent to count. Weights of a vision tower count at every token, which is a little
+    too much; the products of attention patterns do not, which for short prompts is a little too little.
+    """
+    embeddings = {id(m.weight) for m in model.body.modules() if isinstance(m, torch.nn.Embedding)}
+    share = _active_experts(model)
+    weights = (
+        p.numel() * (share if ".experts." in name else 1.0)
+        for name, p in model.body.named_parameters()
+        if id(p) not in embeddings
+    )
+    return 2.0 * sum(weights)
+
+
+def _active_experts(model: LoadedModel) -> float:
+    """Share of a mixture's experts that a token is sent to."""
+    config = model.model.config.get_text_config()
+    of = next((getattr(config, name, None) for name in EXPERTS if getattr(config, name, None)), None)
+    return 1.0 if of is None else (getattr(config, "num_experts_per_tok", None) or of) / of
 
 
 def plan(config: TrainConfig, d_model: int, rates: Rates | None = None, chunk_bytes: int = 0) -> Plan:
@@ -164,18 +204,25 @@ def memory_room(device: torch.device) -> int | None:
 def measure_rates(device: torch.device) -> Rates:
     """What this machine does, measured on pieces of a step, in about a second."""
     N, D, F = 512, 256, 4096
-    x, W = torch.randn(N, D, device=device), torch.randn(F, D, device=device)
+    W = torch.randn(F, D, device=device)
     index, weights = torch.randint(F, (N, 64), device=device), torch.rand(N, 64, device=device)
     parameter = torch.nn.Parameter(torch.zeros(2**21, device=device))
     parameter.grad = torch.ones_like(parameter)
     adam = torch.optim.Adam([parameter], fused=True)
     scores = torch.randn(N, F, device=device)
     return Rates(
-        product_flops=2 * N * D * F / _seconds(lambda: x @ W.T, device),
+        product_flops=product_flops(device, torch.float32),
         gathered=N * 64 * D / _seconds(lambda: embedding_bag(index, W, per_sample_weights=weights, mode="sum"), device),
         updated=parameter.numel() / _seconds(adam.step, device),
         looked_at=N * F / _seconds(lambda: (scores * scores).amax(1), device),
     )
+
+
+@cache
+def product_flops(device: torch.device, dtype: torch.dtype, N: int = 512, D: int = 256, F: int = 4096) -> float:
+    """Operations a second of a dense product of [N, D] and [D, F] numbers."""
+    x, W = torch.randn(N, D, device=device).to(dtype), torch.randn(F, D, device=device).to(dtype)
+    return 2 * N * D * F / _seconds(lambda: x @ W.T, device)
 
 
 def _seconds(call: Callable[[], object], device: torch.device, repeats: int = 5) -> float:

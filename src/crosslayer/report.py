@@ -197,11 +197,16 @@ def inspection(model: LoadedModel, wiring: Wiring) -> str:
         f"model           {model.id} ({type(model.model).__name__}, {parameters:,} parameters, {model.model.dtype})",
         f"decoder         {model.n_layers} layers, d_model {model.d_model}, vocabulary {config.vocab_size:,}",
         f"images          {'none' if image_token is None else f'at token {image_token}'}",
+        f"processor       {'none' if model.processor is None else type(model.processor).__name__}",
         f"read            {model.sites.read}",
-        f"self-replaced   logits differ by {model.proof.self_replacement_gap:.1e} relative",
+        *(f"note            {note}" for note in model.sites.notes),
     ]
-    rows = [[name, f"{gap:.1e}"] for name, gap in zip(model.sites.names, model.proof.residual_gaps, strict=True)]
-    sites = table(["write site", "residual identity, relative gap"], rows)
+    proof = model.proof
+    assert proof is not None, "a sketch is never inspected"
+    facts.append(f"self-replaced   logits differ by {proof.self_replacement_gap:.1e} relative")
+    gaps = zip(model.sites.names, proof.residual_gaps, proof.locality_gaps, strict=True)
+    rows = [[name, f"{residual:.1e}", f"{local:.1e}"] for name, residual, local in gaps]
+    sites = table(["write site", "residual identity, relative gap", "change elsewhere"], rows)
     title = f"wiring: span {wiring.span}, first_target {wiring.first_target}, {wiring.n_pairs} decoders"
     return "\n".join(facts) + f"\n\n{sites}\n\n{title}\n{wiring.table()}"
 

@@ -15,6 +15,9 @@ from crosslayer.models.hooks import recording
 from crosslayer.models.load import LoadedModel
 from crosslayer.models.prompts import Batch, prepare, prepare_good
 
+CHUNK_BYTES = 2**30
+"""Captured activations that are held at a time, at most."""
+
 
 @torch.no_grad()
 def capture_all(model: LoadedModel, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -97,7 +100,7 @@ class ModelSource:
         *,
         seed: int = 0,
         chunk_prompts: int = 512,
-        chunk_bytes: int = 2**30,
+        chunk_bytes: int = CHUNK_BYTES,
         batch_prompts: int = 64,
     ):
         if not len(examples):

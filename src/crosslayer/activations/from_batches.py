@@ -111,8 +111,11 @@ def _rows(source: LayeredBatches, manifest: Manifest, model: LoadedModel | None)
 def _write(model: LoadedModel | None, layer: int, read: Tensor) -> Tensor:
     """What a layer's MLP makes of the stream [N, D]."""
     assert model is not None, "only a model's own layers are completed"
-    site = model.sites.layers[layer]
-    return site.mlp(site.norm(read[None].to(model.device, model.model.dtype)))[0].cpu()
+    site, stream = model.sites.layers[layer], read[None].to(model.device, model.model.dtype)
+    out = site.mlp(stream if site.norm is None else site.norm(stream))
+    out = out if isinstance(out, Tensor) else out[0]
+    out = out if site.write is site.mlp else site.write(out)
+    return (out if site.scale is None else out * site.scale)[0].cpu()
 
 
 def _prove(source: LayeredBatches, model: LoadedModel) -> None:

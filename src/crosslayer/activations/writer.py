@@ -85,5 +85,5 @@ def check_room(folder: Path, manifest: Manifest, rows: int) -> None:
     needed, free = rows * manifest.row_bytes, disk_room(folder)
     said = f"{folder}: about {size_text(needed)} for {rows:,} tokens, {size_text(manifest.row_bytes)} each"
     if needed > free:
-        raise UserError(f"{said}; only {size_text(free)} are free: choose fewer, --dtype int8 or another disk")
+        raise UserError(f"{said}; only {size_text(free)} are free: choose fewer, --store-dtype int8 or another disk")
     tqdm.write(f"{said}; {size_text(free)} are free", file=sys.stderr)

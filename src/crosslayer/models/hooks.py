@@ -4,9 +4,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
-from crosslayer.models.sites import Sites
+from crosslayer.models.sites import Site, Sites
 
 OnRead = Callable[[int, Tensor], Any]
 """Called with the layer and the tensor [B, P, D] seen there; what it returns is ignored."""
@@ -19,10 +19,11 @@ def reading(sites: Sites, on_read: OnRead) -> Iterator[None]:
     """Call `on_read` whenever a layer's MLP is about to read."""
     with ExitStack() as stack:
         for index, site in enumerate(sites.layers):
-            if sites.read == "resid":
-                handle = site.norm.register_forward_pre_hook(_on_input(on_read, index))
+            call = stack.enter_context(_shaped(site, on_read))
+            if sites.read == "resid" or site.norm is None:
+                handle = site.reader.register_forward_pre_hook(_on_input(call, index), with_kwargs=True)
             else:
-                handle = site.norm.register_forward_hook(_on_output(on_read, index))
+                handle = site.norm.register_forward_hook(_on_output(call, index))
             stack.callback(handle.remove)
         yield
 
@@ -30,7 +31,10 @@ def reading(sites: Sites, on_read: OnRead) -> Iterator[None]:
 @contextmanager
 def recording(sites: Sites, on_read: OnRead, on_write: OnRead) -> Iterator[None]:
     """Call `on_read` with what every MLP reads and `on_write` with what it writes."""
-    with reading(sites, on_read), watching([site.mlp for site in sites.layers], on_write):
+    with reading(sites, on_read), ExitStack() as stack:
+        for index, site in enumerate(sites.layers):
+            call = stack.enter_context(_shaped(site, on_write))
+            stack.callback(site.write.register_forward_hook(_on_output(call, index, site.scale)).remove)
         yield
 
 
@@ -44,12 +48,38 @@ def watching(modules: Sequence[nn.Module], on_output: OnRead) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(sites: Sites, write: Write, kept: Collection[int] = ()) -> Iterator[None]:
-    """Use `write(layer)` for every MLP's output but those of the layers kept; the MLPs themselves are not computed."""
+def entering(modules: Sequence[nn.Module], on_input: OnRead) -> Iterator[None]:
+    """Call `on_input` with each module's number and first tensor, before it runs."""
+    with ExitStack() as stack:
+        for index, module in enumerate(modules):
+            hook = _on_input(on_input, index)
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def feeding(sites: Sites, stream: Write) -> Iterator[None]:
+    """Let every MLP, through its norm, see `stream(layer)`; the residual stream itself stays as it is."""
     with ExitStack() as stack:
         for index, site in enumerate(sites.layers):
-            if index not in kept:
-                stack.enter_context(_forward(site.mlp, lambda *_, i=index, **__: write(i)))
+
+            def hook(_: nn.Module, args: tuple, index: int = index) -> tuple:
+                return (stream(index).reshape(args[0].shape), *args[1:])
+
+            stack.callback(site.reader.register_forward_pre_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def replacing(sites: Sites, write: Write, kept: Collection[int] = ()) -> Iterator[None]:
+    """Use `write(layer)` for every MLP's write but those of the layers kept; the MLPs themselves are not computed."""
+    with ExitStack() as stack:
+        for index, site in enumerate(sites.layers):
+            if index in kept:
+                continue
+            if site.mlp is not site.write:
+                stack.enter_context(_forward(site.mlp, _first))
+            stack.enter_context(_forward(site.write, _written(site, write, index)))
         yield
 
 
@@ -63,22 +93,58 @@ def before_forward(model: nn.Module, call: Callable[[dict[str, Any]], None]) -> 
         handle.remove()
 
 
-def _on_input(call: OnRead, index: int) -> Callable[[nn.Module, tuple], None]:
-    def hook(_: nn.Module, args: tuple) -> None:
-        call(index, args[0])
+@contextmanager
+def _shaped(site: Site, call: OnRead) -> Iterator[OnRead]:
+    """`call`, but with tensors in the shape [B, P, D] that the layer got: some MLPs see B and P as one."""
+    shape = Size()
+
+    def note(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        nonlocal shape
+        shape = _first(*args, **kwargs).shape
+
+    handle = site.layer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield lambda index, tensor: call(index, tensor.reshape(shape))
+    finally:
+        handle.remove()
+
+
+def _on_input(call: OnRead, index: int) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
+    def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        call(index, _first(*args, **kwargs))
 
     return hook
 
 
-def _on_output(call: OnRead, index: int) -> Callable[[nn.Module, tuple, Any], None]:
+def _on_output(
+    call: OnRead, index: int, scale: float | Tensor | None = None
+) -> Callable[[nn.Module, tuple, Any], None]:
     def hook(_: nn.Module, args: tuple, output: Any) -> None:
-        call(index, output if isinstance(output, Tensor) else output[0])
+        tensor = output if isinstance(output, Tensor) else output[0]
+        call(index, tensor if scale is None else tensor * scale)
 
     return hook
+
+
+def _written(site: Site, write: Write, index: int) -> Callable[..., Any]:
+    """A forward that gives the write as the module would: divided by the scale to come, in its shape and tuple."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        like, output = _first(*args, **kwargs), write(index)
+        output = output if site.scale is None else output / site.scale
+        output = output.to(like).reshape(like.shape).clone()  # a copy, as Falcon adds to it in place
+        return (output, *[None] * (site.n_returned - 1)) if site.n_returned else output
+
+    return forward
+
+
+def _first(*args: Any, **kwargs: Any) -> Tensor:
+    """The first tensor among the arguments of a module."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 @contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Shadow a module's `forward` on the instance; its class, weights and hooks stay as they are."""
     shadowed = vars(module).get("forward")
     module.forward = forward

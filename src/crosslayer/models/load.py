@@ -1,11 +1,11 @@
 """Loading a language or vision-language model together with its processor and its proved sites."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -14,17 +14,24 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from crosslayer.data.examples import Example
 from crosslayer.errors import UserError
-from crosslayer.models.prompts import prepare
-from crosslayer.models.proof import Proof, prove_sites
+from crosslayer.models.probe import probe
+from crosslayer.models.proof import Proof
+from crosslayer.models.resolve import resolve_sites
 from crosslayer.models.sites import Sites, find_sites
-from crosslayer.zoo import BUNDLED
+from crosslayer.zoo import BUNDLED, GGUF
+
+DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By name; auto is that of the weights on disk."""
+QUANTISED: dict[str, dict[str, Any]] = {"4bit": {"load_in_4bit": True}, "8bit": {"load_in_8bit": True}}
+TOKENIZER_FILES = ("tokenizer*", "*processor_config.json", "vocab.*", "*.model", "merges.txt")
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,10 @@ class LoadedModel:
     revision: str
     model: PreTrainedModel
     processor: Any
+    """What makes inputs of text and pictures; None where the folder has no tokenizer."""
     sites: Sites
-    proof: Proof
+    proof: Proof | None
+    """None of a sketch; see `sketch_model`."""
 
     @property
     def n_layers(self) -> int:
@@ -50,13 +59,19 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
-        return self.model.device
+        """Where the model lies; of a sketch, where it would."""
+        return torch.device(_best_device()) if self.proof is None else self.model.device
 
     @property
     def sees(self) -> bool:
         """Whether it reads images."""
         return _sees(self.model.config)
+
+    @property
+    def speaker(self) -> nn.Module:
+        """The model that generates: BLIP-2 and InstructBLIP leave that to the language model inside."""
+        inside = getattr(self.model, "language_model", None)
+        return inside if isinstance(inside, PreTrainedModel) and inside.can_generate() else self.model
 
     @property
     def body(self) -> nn.Module:
@@ -65,31 +80,101 @@ class LoadedModel:
 
 
 def load_model(
-    name: str | Path, *, revision: str | None = None, read: str = "resid", device: str | None = None
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    read: str = "resid",
+    device: str | None = None,
+    dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    load_in: str | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a model and prove its sites on one small batch.
 
     Args:
-        name: a bundled name (`emoji-llava`), a folder, or a hub id.
+        name: a bundled name (`emoji-llava`, `smollm2`), a folder, or a hub id.
         revision: of a hub id.
         read: `resid` or `mlp_in`; see `crosslayer.models.sites`.
         device: where to put it; a GPU when there is one.
+        dtype: of the weights: `auto` (as they are on disk), `fp32`, `bf16`, `fp16`.
+        device_map: how accelerate spreads the layers over several devices: `auto`, `balanced`, or device by module.
+        load_in: `4bit` or `8bit`, by bitsandbytes.
+        trust_remote_code: run model code that comes with a hub id.
 
     Raises:
-        UserError: when there is no such model, or its sites are not where they should be.
+        UserError: when there is no such model, its sites are not where they should be, or it cannot be loaded so.
     """
-    source = _source(str(name))
-    config = _from_hub(AutoConfig, source, str(name), revision)
-    model, loading = _from_hub(_auto_class(config), source, str(name), revision, output_loading_info=True)
+    _check_device(device, device_map)
+    settings = _precision(dtype, load_in)
+    if load_in is not None and device is not None:
+        device_map = {"": device}  # quantised weights cannot be moved
+    if device_map is not None:
+        settings["device_map"] = device_map
+    files = _files(str(name), revision=revision, trust_remote_code=trust_remote_code)
+    config = _from_hub(AutoConfig, files)
+    _check_decoder(config, str(name))
+    model, loading = _from_hub(_auto_class(config), files, output_loading_info=True, **settings)
     if loading["missing_keys"]:
         raise UserError(
             f"{name}: lacks the weights {min(loading['missing_keys'])}, which would be random; get them too"
         )
-    model.eval().requires_grad_(False).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    processor = _from_hub(AutoProcessor if _sees(config) else AutoTokenizer, source, str(name), revision)
-    sites = find_sites(model, read)
-    proof = prove_sites(model, sites, _probe(model, processor))
+    model.eval().requires_grad_(False)
+    if device_map is None and load_in is None:
+        model.to(device or _best_device())
+    processor = _processor(files, config)
+    inputs = probe(model, processor, _sees(config))
+    sites, proof = resolve_sites(model, read, inputs)
+    if _sees(config) and len(inputs) == 1:
+        sites = replace(sites, notes=(*sites.notes, "proved on text alone: it came without a processor"))
     return LoadedModel(str(name), revision or "", model, processor, sites, proof)
+
+
+def sketch_model(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    read: str = "resid",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """A model of which only the configuration is there: no weights, no processor, nothing proved; for sizing alone.
+
+    Raises:
+        UserError: when there is no such configuration, or the family is not in the table.
+    """
+    chosen = _precision(dtype, None)["dtype"]
+    files = _files(str(name), revision=revision, trust_remote_code=trust_remote_code)
+    config = _from_hub(AutoConfig, files)
+    _check_decoder(config, str(name))
+    as_on_disk = config.dtype or torch.float32
+    with torch.device("meta"):
+        model = _auto_class(config).from_config(config, dtype=as_on_disk if chosen == "auto" else chosen)
+    return LoadedModel(str(name), revision or "", model, None, find_sites(model, read), None)
+
+
+def has_weights(name: str | Path) -> bool:
+    """Whether there is more to a model than a configuration; taken for granted of what is not a folder."""
+    return not Path(name).is_dir() or _holds(Path(name), WEIGHTS)
+
+
+def _holds(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in patterns)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Where a model's files are, and what `from_pretrained` is told of them."""
+
+    name: str
+    source: str
+    settings: dict[str, Any]
+
+
+def _files(name: str, **settings: Any) -> _Files:
+    source = _source(name)
+    gguf = {"gguf_file": GGUF[name]} if name in GGUF else {}
+    return _Files(name, source, {**settings, **gguf})
 
 
 def _source(name: str) -> str:
@@ -104,15 +189,68 @@ def _source(name: str) -> str:
     return name
 
 
-def _from_hub(auto: Any, source: str, name: str, revision: str | None, **settings: Any) -> Any:
+def _from_hub(auto: Any, files: _Files, **settings: Any) -> Any:
     try:
-        return auto.from_pretrained(source, revision=revision, trust_remote_code=False, **settings)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        return auto.from_pretrained(files.source, **files.settings, **settings)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{name}: no such model, or it cannot be loaded; give a bundled name ({', '.join(BUNDLED)}), "
+            f"{files.name}: no such model, or it cannot be loaded; give a bundled name ({', '.join(BUNDLED)}), "
             f"a model folder or a hub id. {auto.__name__} said: {reason}"
         ) from error
+
+
+def _processor(files: _Files, config: PretrainedConfig) -> Any:
+    """What makes inputs of text and pictures; None of a folder that holds nothing of the kind."""
+    kinds = (files.settings.get("gguf_file", "*.gguf"), *TOKENIZER_FILES)
+    if Path(files.source).is_dir() and not _holds(Path(files.source), kinds):
+        return None
+    return _from_hub(AutoProcessor if _sees(config) else AutoTokenizer, files)
+
+
+def _precision(dtype: str, load_in: str | None) -> dict[str, Any]:
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if load_in is None:
+        return {"dtype": DTYPES[dtype]}
+    if load_in not in QUANTISED:
+        raise UserError(f"load-in is {load_in!r}; choose one of {', '.join(QUANTISED)}")
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"load-in {load_in} needs bitsandbytes; pip install 'crosslayer[bitsandbytes]'")
+    if not torch.cuda.is_available():
+        raise UserError(f"load-in {load_in} needs a CUDA GPU, and torch sees none; leave it out")
+    return {"dtype": DTYPES[dtype], "quantization_config": BitsAndBytesConfig(**QUANTISED[load_in])}
+
+
+def _check_device(device: str | None, device_map: str | dict[str, Any] | None) -> None:
+    if device is not None:
+        _check_there(device)
+    if device_map is None:
+        return
+    if device is not None:
+        raise UserError(f"device {device} and device-map {device_map} are both given; choose one")
+    if find_spec("accelerate") is None:
+        raise UserError(f"device-map {device_map} needs accelerate; pip install 'crosslayer[accelerate]'")
+
+
+def _check_there(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"device is {device!r}, which is not there; choose cpu, or leave it out ({reason})") from None
+
+
+def _check_decoder(config: PretrainedConfig, name: str) -> None:
+    if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
+        raise UserError(
+            f"{name}: {config.model_type} is an encoder-decoder model, whose MLPs belong to two streams; only "
+            "decoders are supported"
+        )
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _sees(config: PretrainedConfig) -> bool:
@@ -121,9 +259,3 @@ def _sees(config: PretrainedConfig) -> bool:
 
 def _auto_class(config: PretrainedConfig) -> Any:
     return AutoModelForImageTextToText if _sees(config) else AutoModelForCausalLM
-
-
-def _probe(model: PreTrainedModel, processor: Any) -> dict[str, Any]:
-    """One small batch: a few words, and a grey picture for a model that sees."""
-    picture = Image.new("RGB", (64, 64), "grey") if _sees(model.config) else None
-    return prepare(model, processor, [Example("probe", "what is there in the picture ?", image=picture)]).inputs

@@ -43,10 +43,10 @@ class ReplacementModel:
 
         `progress` (0 to 1) is that of a training, where the sparsity changes with it.
         """
-        writes = _Writes(self.transcoder, progress)
-        sites = self.model.sites
+        sites, text = self.model.sites, self.model.model.config.get_text_config()
+        writes = _Writes(self.transcoder, progress, bool(getattr(text, "num_kv_shared_layers", 0)))
         with (
-            before_forward(self.model.model, writes.start),
+            before_forward(self.model.speaker, writes.start),
             reading(sites, writes.read),
             replacing(sites, writes.write, self.transcoder.kept_layers),
         ):
@@ -106,8 +106,8 @@ def continuation(model: LoadedModel, batch: Batch, **sampling: Any) -> Tensor:
 class _Writes:
     """What the sources of one forward pass have written so far, for the layers still to come."""
 
-    def __init__(self, transcoder: CrossLayerTranscoder, progress: float):
-        self.transcoder, self.progress = transcoder, progress
+    def __init__(self, transcoder: CrossLayerTranscoder, progress: float, drops_positions: bool):
+        self.transcoder, self.progress, self.drops_positions = transcoder, progress, drops_positions
         self.sources = set(transcoder.sources)
         self.collected: Writes | None = None
         self.like = torch.empty(0)
@@ -118,15 +118,18 @@ class _Writes:
 
     def start(self, kwargs: dict[str, Any]) -> None:
         """Forget the last forward pass; note, before the cache grows, which positions the new one begins with."""
+        if self.drops_positions:  # Gemma 4's late layers see only those whose logits are kept
+            kwargs.pop("logits_to_keep", None)
         cache = kwargs.get("past_key_values")
         self.past = cache.get_seq_length() if cache is not None else 0
         self.mask, self.positions, self.collected = kwargs.get("attention_mask"), kwargs.get("position_ids"), None
 
     def read(self, layer: int, x: Tensor) -> None:
         """Encode the stream [B, P, D] that `layer` reads and add what its features write."""
-        coder, flat = self.transcoder, x.flatten(0, 1).to(self.transcoder.b_dec.dtype)
+        coder, flat = self.transcoder, x.flatten(0, 1).to(self.transcoder.b_dec)
+        self.like = x
         if self.collected is None:
-            self.like, self.first = x, self._first_positions(x).flatten()
+            self.first = self._first_positions(x).flatten().to(flat.device)
             self.collected = coder.writes(len(flat))
         codes = coder.encode_layer(layer, flat, self.progress) if layer in self.sources else None
         coder.add_layer(self.collected, layer, codes, flat)
@@ -141,7 +144,8 @@ class _Writes:
     def _first_positions(self, x: Tensor) -> Tensor:
         """Mask [B, P] of the positions of this pass that begin a prompt; what it says of padding does not matter."""
         if self.positions is not None:
-            return (self.positions == 0).expand(x.shape[:2])
+            begins = self.positions == 0
+            return (begins.all(0) if begins.dim() == 3 else begins).expand(x.shape[:2])  # of Qwen: time, height, width
         if self.mask is None:
             begins = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
             begins[:, 0] = self.past == 0

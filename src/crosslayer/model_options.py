@@ -1,0 +1,43 @@
+"""The options of loading a model, which every verb that does has."""
+
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+from tyro.conf import arg
+
+from crosslayer.errors import UserError
+from crosslayer.models.load import DTYPES, QUANTISED, LoadedModel, has_weights, load_model, sketch_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How to load a model; see `crosslayer.load_model`."""
+
+    revision: str | None = None
+    """Revision of a hub id."""
+    dtype: Annotated[str, arg(help=f"Of the weights: one of {', '.join(DTYPES)}; auto: as they are on disk.")] = "auto"
+    device: str | None = None
+    """Where to put it: cpu, cuda, cuda:1, ...; a GPU by default where there is one."""
+    device_map: str | None = None
+    """Spread its layers over several devices: auto or balanced; needs accelerate."""
+    load_in: Annotated[str | None, arg(help=f"Quantised by bitsandbytes on a GPU: {', '.join(QUANTISED)}.")] = None
+    trust_remote_code: bool = False
+    """Run model code that comes with a hub id; think first."""
+
+    def load(self, name: str, read: str = "resid") -> LoadedModel:
+        """The model, with its sites proved."""
+        return load_model(name, read=read, **asdict(self))
+
+    def sketch(self, name: str, read: str = "resid") -> LoadedModel:
+        """The model for a dry run: whole where its weights are there, else from its configuration alone."""
+        if has_weights(name):
+            return self.load(name, read)
+        if self.load_in is not None:
+            raise UserError(f"{name}: holds no weights, so what --load-in {self.load_in} makes of them is not known")
+        return sketch_model(
+            name, revision=self.revision, read=read, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+        )
+
+
+AS_IT_IS = ModelOptions()
+"""A model in its own precision, on one device."""
