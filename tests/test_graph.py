@@ -59,14 +59,16 @@ def test_a_graph_whose_rows_close_says_so_and_one_that_does_not_says_by_how_much
 @pytest.mark.parametrize(
     ("edges", "message"),
     [
-        ({(1, 3): 1.0}, "graph of 3 nodes has no such node"),
+        ({(1, 4): 1.0}, "graph of 4 nodes has no such node"),
         ({(1, 2): 1.0}, "edge from target/-/3/-/7/ yes to feature/1/0/5 does not run forward"),
         ({(2, 2): 1.0}, "does not run forward"),
+        ({(3, 0): 1.0}, "edge runs to error/1/0; only features and targets have rows"),
         ({(2, 1): float("inf")}, "not finite"),
     ],
 )
 def test_impossible_edges_are_refused(edges, message):
-    good = graph_of([TOKEN, FEATURE, TARGET], {(2, 1): 3.0}, [0, 0, 0.5])
+    error = Node(kind="error", layer=1, position=0)
+    good = graph_of([TOKEN, FEATURE, TARGET, error], {(2, 1): 3.0}, [0, 0, 0.5, 0])
     ((target, source), weight) = next(iter(edges.items()))
     ends = {"target": torch.tensor([target]), "source": torch.tensor([source]), "weight": torch.tensor([weight])}
     with pytest.raises(UserError, match=message):

@@ -6,6 +6,7 @@ Axes: N nodes, E edges.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -83,6 +84,8 @@ class AttributionGraph:
         for name in ("preactivation", "target_weight"):
             if len(getattr(self, name)) != n:
                 raise UserError(f"{name} has {len(getattr(self, name))} values; {n}, one a node, are wanted")
+        if stray := [node.id for node in self.nodes if node.position is not None and node.position >= len(self.tokens)]:
+            raise UserError(f"node {stray[0]} lies beyond the prompt's {len(self.tokens)} tokens")
         if beyond := [node.id for node in self.nodes if (node.layer or 0) >= self.n_layers]:
             raise UserError(f"node {beyond[0]} lies beyond the model's {self.n_layers} layers")
         self._check_edges()
@@ -99,6 +102,8 @@ class AttributionGraph:
             i = int(back.argmax())
             ends = f"{self.nodes[source[i]].id} to {self.nodes[target[i]].id}"
             raise UserError(f"the edge from {ends} does not run forward, and edges must, from inputs through layers")
+        if (odd := ~self.of_kind("feature", "target")[target]).any():
+            raise UserError(f"an edge runs to {self.nodes[target[odd][0]].id}; only features and targets have rows")
         if len(np.unique(target * n + source)) < len(target):
             raise UserError("two edges run between the same nodes; add them up")
         if not torch.isfinite(self.weight).all():
@@ -122,6 +127,15 @@ class AttributionGraph:
     def rank(self) -> Int[np.ndarray, " N"]:
         """Topological order of the nodes."""
         return np.array([node.rank(self.n_layers) for node in self.nodes], np.int64)
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """What a person calls each node."""
+        patches = {node.position: node.label for node in self.nodes if node.kind == "patch"}
+        places = [
+            f"{patches.get(p) or json.dumps(token, ensure_ascii=False)} ({p})" for p, token in enumerate(self.tokens)
+        ]
+        return [node.caption(places) for node in self.nodes]
 
     def of_kind(self, *kinds: str) -> Bool[np.ndarray, " N"]:
         """Which nodes are of these kinds."""
@@ -276,7 +290,8 @@ class AttributionGraph:
         if record.get("edges_sha256") != _digest(tensors):
             raise UserError(f"{edges}: these are not the edges of {path.name}; make the graph again")
         try:
-            return cls(**_texts(record), nodes=tuple(map(_node, record["nodes"])), **tensors)
+            parts: dict[str, Any] = _texts(record) | tensors
+            return cls(**parts, nodes=tuple(map(_node, record["nodes"])))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: damaged ({error}); make the graph again") from None
 
@@ -298,8 +313,8 @@ def _texts(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _node(record: Mapping[str, Any]) -> Node:
-    known = {f.name: record[f.name] for f in fields(Node)}
-    return Node(**known | {"box": tuple(known["box"]) if known["box"] else None})
+    known: dict[str, Any] = {f.name: record[f.name] for f in fields(Node)}
+    return Node(**{**known, "box": known["box"] and tuple(known["box"])})
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -51,6 +51,22 @@ class Edges:
         return Edges(self.rank, self.target[kept], self.source[kept], self.weight[kept])
 
 
+class ByNode:
+    """Which edges end (or start) at each node, as indices.
+
+    Args:
+        ends: the edges' targets or sources.
+        n_nodes: how many nodes there are.
+    """
+
+    def __init__(self, ends: Int[np.ndarray, " E"], n_nodes: int):
+        self.order = np.argsort(ends, kind="stable")
+        self.start = np.searchsorted(ends[self.order], np.arange(n_nodes + 1))
+
+    def __getitem__(self, node: int) -> Int[np.ndarray, " some"]:
+        return self.order[self.start[node] : self.start[node + 1]]
+
+
 @dataclass(frozen=True, eq=False)
 class Influence:
     """Influence on the targets, as shares: nodes w B, edges A times their target's own."""

@@ -1,5 +1,7 @@
 """The nodes of an attribution graph."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from crosslayer.errors import UserError
@@ -78,3 +80,24 @@ class Node:
         if self.layer is None:
             return n_layers + 1 if self.kind == "target" else 0
         return self.layer + 1
+
+    def caption(self, places: Sequence[str]) -> str:
+        """What a person calls it, given a name for each position."""
+        place = "" if self.position is None else places[self.position]
+        where = place and f"at {place}"
+        text = json.dumps(self.label, ensure_ascii=False)
+        whose = "" if self.layer is None else f"layer {self.layer}"
+        return {
+            "token": place,
+            "patch": _joined(place, self.layer is not None and f"read by {whose}"),
+            "bias": _joined("bias", whose, where),
+            "feature": _joined(whose, f"feature {self.feature}", self.label and f"“{self.label}”", where),
+            "error": _joined(whose or "pruned input", "error", where),
+            "target": f"output {json.dumps(self.label, ensure_ascii=False)}"
+            if self.vocab is not None
+            else self.label or self.id,
+        }[self.kind]
+
+
+def _joined(*parts: str | bool) -> str:
+    return " ".join(str(part) for part in parts if part)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from crosslayer.attribution.graph import AttributionGraph
-from crosslayer.attribution.influence import Edges
+from crosslayer.attribution.influence import ByNode, Edges
 from crosslayer.attribution.node import INPUTS
 
 
@@ -65,10 +65,12 @@ def top_paths(graph: AttributionGraph, k: int = 10, targets: tuple[str, ...] = (
     """
     edges, inputs = graph.causes, graph.of_kind(*INPUTS)
     best = _best_from(edges, inputs.astype(float))
-    rows = _Rows(edges)
-    weights = graph.target_weight.double().numpy(force=True)
+    rows = ByNode(edges.target, len(graph.nodes))
+    weights = graph.target_weight.tolist()
     starts = [(graph.index[id], 1.0) for id in targets] or [(int(i), weights[i]) for i in np.flatnonzero(weights)]
-    queue = [(-weight * best[i], (i,), weight, 1) for i, weight in starts if best[i] > 0]
+    queue: list[tuple[float, tuple[int, ...], float, int]] = [
+        (-weight * best[i], (i,), weight, 1) for i, weight in starts if best[i] > 0
+    ]
     queue.sort()
     found = []
     while queue and len(found) < k:
@@ -77,7 +79,7 @@ def top_paths(graph: AttributionGraph, k: int = 10, targets: tuple[str, ...] = (
             found.append(Path(tuple(graph.nodes[i].id for i in path), float(strength), sign))
             continue
         for edge in rows[path[0]]:
-            source, longer = int(edges.source[edge]), strength * edges.share[edge]
+            source, longer = int(edges.source[edge]), strength * float(edges.share[edge])
             if longer * best[source] > 0:
                 step = 1 if edges.weight[edge] > 0 else -1
                 heappush(queue, (-longer * best[source], (source, *path), longer, sign * step))
@@ -91,14 +93,3 @@ def _best_from(edges: Edges, best: Float[np.ndarray, " N"]) -> Float[np.ndarray,
     for rows in np.split(order, np.flatnonzero(np.diff(rank[order])) + 1):
         np.maximum.at(best, edges.target[rows], edges.share[rows] * best[edges.source[rows]])
     return best
-
-
-class _Rows:
-    """The edges into each node, as indices."""
-
-    def __init__(self, edges: Edges):
-        self.order = np.argsort(edges.target, kind="stable")
-        self.start = np.searchsorted(edges.target[self.order], np.arange(len(edges.rank) + 1))
-
-    def __getitem__(self, node: int) -> Int[np.ndarray, " row"]:
-        return self.order[self.start[node] : self.start[node + 1]]

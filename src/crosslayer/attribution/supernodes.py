@@ -109,4 +109,4 @@ def _likeness(graph: AttributionGraph, features: Int[np.ndarray, " F"]) -> Float
 def _cosines(rows: csr_matrix) -> Float[np.ndarray, "F F"]:
     norms = np.sqrt(np.asarray(rows.multiply(rows).sum(1)).ravel())
     unit = diags_array(np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)) @ rows
-    return (unit @ unit.T).toarray()
+    return csr_matrix(unit @ unit.T).toarray()

@@ -82,7 +82,7 @@ def _place(graph: AttributionGraph, name: str, id: str) -> int:
 
 
 def _nodes(graph: AttributionGraph, ids: list[str]) -> list[dict[str, Any]]:
-    """Influence is cumulative there: the share that a node and all above it carry, by which the viewer's slider cuts."""
+    """With all fields. Influence is cumulative there: the share of a node and of all above it."""
     order = np.argsort(-graph.influence.node, kind="stable")
     cumulative = np.empty(len(order))
     cumulative[order] = np.cumsum(graph.influence.node[order]) / max(graph.influence.node.sum(), 1e-300)
