@@ -77,6 +77,11 @@ class AttributionGraph:
     picture: Picture | None = None
 
     def __post_init__(self):
+        self._check_nodes()
+        self._check_edges()
+        self._check_target_weights()
+
+    def _check_nodes(self) -> None:
         n = len(self.nodes)
         if len(self.index) < n:
             twice = next(node.id for i, node in enumerate(self.nodes) if self.index[node.id] != i)
@@ -88,8 +93,6 @@ class AttributionGraph:
             raise UserError(f"node {stray[0]} lies beyond the prompt's {len(self.tokens)} tokens")
         if beyond := [node.id for node in self.nodes if (node.layer or 0) >= self.n_layers]:
             raise UserError(f"node {beyond[0]} lies beyond the model's {self.n_layers} layers")
-        self._check_edges()
-        self._check_target_weights()
 
     def _check_edges(self) -> None:
         n, (target, source) = len(self.nodes), (self.target.numpy(force=True), self.source.numpy(force=True))
@@ -104,7 +107,8 @@ class AttributionGraph:
             raise UserError(f"the edge from {ends} does not run forward, and edges must, from inputs through layers")
         if (odd := ~self.of_kind("feature", "target")[target]).any():
             raise UserError(f"an edge runs to {self.nodes[target[odd][0]].id}; only features and targets have rows")
-        if len(np.unique(target * n + source)) < len(target):
+        pairs = np.sort(target * n + source)
+        if (pairs[1:] == pairs[:-1]).any():
             raise UserError("two edges run between the same nodes; add them up")
         if not torch.isfinite(self.weight).all():
             raise UserError("an edge's weight is not finite")

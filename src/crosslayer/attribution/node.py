@@ -93,9 +93,7 @@ class Node:
             "bias": _joined("bias", whose, where),
             "feature": _joined(whose, f"feature {self.feature}", self.label and f"“{self.label}”", where),
             "error": _joined(whose or "pruned input", "error", where),
-            "target": f"output {json.dumps(self.label, ensure_ascii=False)}"
-            if self.vocab is not None
-            else self.label or self.id,
+            "target": f"output {text}" if self.vocab is not None else self.label or self.id,
         }[self.kind]
 
 
