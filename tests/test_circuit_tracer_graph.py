@@ -27,7 +27,7 @@ def test_every_field_is_there_and_of_the_type_that_the_viewer_reads(tmp_path):
         "slug": "a-graph",
         "scan": "crosslayer",
         "transcoder_list": [],
-        "prompt_tokens": ["a", "b", "c", "d"],
+        "prompt_tokens": ["a", "b", "patch 2", "patch 3"],
         "prompt": "a b c d",
         "node_threshold": 0.8,
         "schema_version": 1,
@@ -88,6 +88,13 @@ def test_influence_is_the_cumulative_share_that_the_viewer_cuts_by(tmp_path):
     influence = graph.influence.node
     for i in np.flatnonzero(graph.of_kind("feature") & (influence > 0)):
         assert nodes[i]["influence"] == pytest.approx(influence[influence >= influence[i]].sum() / influence.sum())
+
+
+def test_the_viewer_hides_nothing_of_a_pruned_graph_at_first(tmp_path):
+    nodes = written(random_graph(3).prune(0.7), tmp_path, node_threshold=0.7)["nodes"]
+    shown = [node["influence"] is None or node["influence"] <= 0.7 for node in nodes]
+    assert all(shown)
+    assert max(node["influence"] or 0 for node in nodes) == pytest.approx(0.7)
 
 
 def test_the_list_of_graphs_grows_and_replaces(tmp_path):

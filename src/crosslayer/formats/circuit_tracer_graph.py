@@ -1,6 +1,6 @@
 """Attribution graphs in circuit-tracer's JSON, to be opened in its viewer: `SLUG.json` and `graph-metadata.json`.
 
-Nodes that circuit-tracer lacks: a patch is an `embedding` of its position, a bias a `bias` of its layer. Its own files
+Nodes that circuit-tracer lacks: a patch is an `embedding` and gives its position its label, a bias a `bias` of its layer. Its own files
 give errors the id `0_{layer}_{position}`, which collides with feature `layer` of layer 0; here it is
 `{layer}_-1_{position}`.
 
@@ -48,18 +48,20 @@ def write_circuit_tracer_graph(
     file = folder / f"{slug}.json"
     listed = _listed(folder / METADATA, slug)
     ids = [_id(i, node, graph.n_layers) for i, node in enumerate(graph.nodes)]
+    patches = {node.position: node.label for node in graph.nodes if node.kind == "patch"}
     metadata = {
         "slug": slug,
         "scan": scan,
         "transcoder_list": [],
-        "prompt_tokens": list(graph.tokens),
+        "prompt_tokens": [patches.get(p) or token for p, token in enumerate(graph.tokens)],
         "prompt": graph.prompt,
         "node_threshold": node_threshold,
         "schema_version": 1,
     }
     groups = [[name, *(ids[_place(graph, name, id)] for id in group)] for name, group in (supernodes or {}).items()]
     settings = {"pinnedIds": [], "supernodes": groups, "linkType": "both", "clickedId": "", "sg_pos": ""}
-    record = {"metadata": metadata, "qParams": settings, "nodes": _nodes(graph, ids), "links": _links(graph, ids)}
+    nodes = _nodes(graph, ids, 1.0 if node_threshold is None else node_threshold)
+    record = {"metadata": metadata, "qParams": settings, "nodes": nodes, "links": _links(graph, ids)}
     write_json(file, record)
     write_json(folder / METADATA, {"graphs": [*listed, metadata]})
     return file
@@ -81,11 +83,15 @@ def _place(graph: AttributionGraph, name: str, id: str) -> int:
     return graph.index[id]
 
 
-def _nodes(graph: AttributionGraph, ids: list[str]) -> list[dict[str, Any]]:
-    """With all fields. Influence is cumulative there: the share of a node and of all above it."""
+def _nodes(graph: AttributionGraph, ids: list[str], carried: float) -> list[dict[str, Any]]:
+    """With all fields. Influence is cumulative there: the share of a node and of all above it.
+
+    The viewer hides what lies past `node_threshold` unless it has no influence at all, so the nodes that are left reach
+    up to just that, and targets and biases have none.
+    """
     order = np.argsort(-graph.influence.node, kind="stable")
     cumulative = np.empty(len(order))
-    cumulative[order] = np.cumsum(graph.influence.node[order]) / max(graph.influence.node.sum(), 1e-300)
+    cumulative[order] = np.cumsum(graph.influence.node[order]) * carried / max(graph.influence.node.sum(), 1e-300)
     likeliest = int(graph.target_weight.argmax()) if len(graph.nodes) else -1
     return [
         {
@@ -97,7 +103,7 @@ def _nodes(graph: AttributionGraph, ids: list[str]) -> list[dict[str, Any]]:
             "run_idx": 0,
             "reverse_ctx_idx": 0,
             "jsNodeId": f"{id}-0",
-            "influence": None if node.kind == "target" else float(cumulative[i]),
+            "influence": None if node.kind in ("target", "bias") else min(float(cumulative[i]), carried),
             "activation": node.activation,
         }
         for i, (node, id) in enumerate(zip(graph.nodes, ids, strict=True))
