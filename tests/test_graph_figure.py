@@ -86,6 +86,16 @@ def test_no_two_nodes_lie_on_each_other_and_layers_run_up(features):
     assert max(layout.columns[p] for p in (2, 3)) < min(layout.columns[p] for p in (0, 1)), "the picture comes first"
 
 
+def test_a_patch_that_a_later_layer_reads_stands_in_its_row():
+    nodes = [Node(kind="patch", layer=layer, position=0, box=(0, 0, 8, 8)) for layer in (None, 0, 1)]
+    graph = graph_of(
+        [*nodes, Node(kind="target", position=3, label="x")], {(3, i): 1.0 for i in range(3)}, [0, 0, 0, 1.0]
+    )
+    heights = [arrange(graph, chosen(graph, 9)).places[i][1] for i in range(3)]
+    assert heights[0] > heights[1] > heights[2]
+    assert figure(replace(graph, picture=PICTURE)).count('<use href="#picture"/>') == 3
+
+
 def test_a_graph_of_nothing_but_a_target_has_a_figure(tmp_path):
     write_figure(graph_of([Node(kind="target", position=0, label="x")], {}, [1.0]), tmp_path / "deep" / "g.html")
     assert "There are none" in (tmp_path / "deep" / "g.html").read_text()

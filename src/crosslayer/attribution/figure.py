@@ -74,7 +74,6 @@ def figure(graph: AttributionGraph, most_nodes: int = 300, most_edges: int = 120
     return page.render(
         graph=graph,
         layout=layout,
-        patch=PATCH,
         marks=marks,
         curves=_curves(graph, layout, edges),
         stats=_stats(graph),
@@ -100,6 +99,7 @@ def _marks(graph: AttributionGraph, layout: Layout) -> list[Mark]:
     for i, (x, y) in layout.places.items():
         node = graph.nodes[i]
         r = radius(min(float(graph.influence.node[i]), largest), largest)
+        r = r if node.kind != "patch" else PATCH / 2 if node.layer is None else PATCH / 4
         chance = "" if node.probability is None else f"{node.probability:.2f}"
         marks.append(Mark(i, node.kind, round(x, 1), round(y, 1), round(r, 1), _written(node), chance, node.box))
     return marks

@@ -13,10 +13,10 @@ import numpy as np
 from crosslayer.attribution.graph import AttributionGraph
 from crosslayer.attribution.node import INPUTS
 
-MOST_INPUTS = 64
+MOST_TOKENS, MOST_PATCHES = 64, 32
 GUTTER, MARGIN, STEP, PAD = 84, 132, 16, 14
 """Left of the columns; right of them; between nodes of a cell; around a cell."""
-NARROWEST, LOWEST, PILL, PATCH = 36, 300, 26, 28
+NARROWEST, LOWEST, PILL, PATCH = 34, 300, 26, 28
 """A column; all layers together; a target with the room around it; a patch's side."""
 WIDEST_CELL = 3
 """Nodes side by side in a cell; more start a new line."""
@@ -39,7 +39,7 @@ class Layout:
 
 
 def chosen(graph: AttributionGraph, most: int) -> list[int]:
-    """Nodes to draw: targets, biases, inputs (the 64 strongest), and the `most` strongest features and errors."""
+    """Nodes to draw: targets, biases, and the strongest 64 tokens, 32 patches, and `most` features and errors."""
 
     def strongest(n: int, *kinds: str) -> list[int]:
         nodes = np.flatnonzero(graph.of_kind(*kinds))
@@ -47,7 +47,7 @@ def chosen(graph: AttributionGraph, most: int) -> list[int]:
 
     always = np.flatnonzero(graph.of_kind("target", "bias")).tolist()
     inner = [i for i in strongest(most, "feature", "error") if graph.influence.node[i] > 0]
-    return sorted([*always, *strongest(MOST_INPUTS, *INPUTS), *inner])
+    return sorted([*always, *strongest(MOST_TOKENS, "token"), *strongest(MOST_PATCHES, "patch"), *inner])
 
 
 def arrange(graph: AttributionGraph, drawn: Sequence[int]) -> Layout:
@@ -55,7 +55,7 @@ def arrange(graph: AttributionGraph, drawn: Sequence[int]) -> Layout:
     cells: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i in sorted(drawn, key=lambda i: -graph.influence.node[i]):
         node = graph.nodes[i]
-        if node.kind in ("feature", "error"):
+        if node.kind in ("feature", "error") or (node.kind in INPUTS and node.layer is not None):
             cells[-1 if node.layer is None else node.layer, node.position or 0].append(i)
     columns, right = _columns(graph, drawn, cells)
     layers, inputs, height, top = _rows(graph, drawn, cells)
@@ -72,9 +72,9 @@ def arrange(graph: AttributionGraph, drawn: Sequence[int]) -> Layout:
             stacked[node.position] += 1
         elif node.kind == "bias":
             places[i] = (GUTTER - 20.0, sum(layers[node.layer]) / 2 if node.layer in layers else inputs)
-        elif node.kind in INPUTS:
+        elif i not in places:
             places[i] = (columns[node.position or 0], inputs)
-    return Layout(places, columns, {k: v for k, v in layers.items() if k >= 0}, inputs, right + MARGIN, height)
+    return Layout(places, columns, layers, inputs, right + MARGIN, height)
 
 
 def _columns(

@@ -1,8 +1,8 @@
 """Attribution graphs in circuit-tracer's JSON, to be opened in its viewer: `SLUG.json` and `graph-metadata.json`.
 
-Nodes that circuit-tracer lacks: a patch is an `embedding` and gives its position its label, a bias a `bias` of its layer. Its own files
-give errors the id `0_{layer}_{position}`, which collides with feature `layer` of layer 0; here it is
-`{layer}_-1_{position}`.
+Nodes that circuit-tracer lacks: a patch is an `embedding` that gives its position its label, a bias a `bias` of its
+layer. Its own files give errors the id `0_{layer}_{position}`, which collides with feature `layer` of layer 0; here it
+is `{layer}_-1_{position}`.
 
 Source: github.com/decoderesearch/circuit-tracer at 4bb8c0e: frontend/graph_models.py, utils/create_graph_files.py.
 """
