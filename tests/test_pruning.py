@@ -1,5 +1,7 @@
 """Pruning: what stays, and that every row still closes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -95,6 +97,14 @@ def test_pruned_mass_joins_the_error_of_its_layer_and_position():
         if kept.nodes[t].kind == "target"
     }
     assert row == {"feature/0/1/1": 8.0, "error/0/1": -0.25, "error/1/0": 0.125, "error/-/0": 2.0}
+
+
+def test_rows_of_a_graph_in_float64_close_to_its_precision():
+    graph = random_graph(6, features=20)
+    total = torch.from_numpy(graph.edges.into(graph.edges.weight))
+    rows = torch.where(graph.preactivation.isnan(), torch.nan, total)
+    exact = replace(graph, weight=graph.weight.double(), preactivation=rows)
+    assert exact.prune(0.5, 0.5).scores.worst_row_gap < 1e-14
 
 
 def test_keeping_everything_changes_nothing():
