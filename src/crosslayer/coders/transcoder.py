@@ -223,9 +223,13 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         if codes is not None:
             writes.add(self.sources.index(layer), codes)
         if self.skip is not None and layer in self.skip.source_layers:
-            W = self.W_skip[self.skip.source_layers.index(layer)]
-            x = x if self.input_scale is None else x / self.input_scale[layer]
-            writes.add_linear(self.skip.targets(layer).start, linear(x, W.flatten(0, 1)))
+            writes.add_linear(self.skip.targets(layer).start, self.skipped(layer, x))
+
+    def skipped(self, layer: int, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N K"]:
+        """What the skip connection of a layer that has one passes on, to its targets side by side."""
+        assert self.skip is not None
+        W = self.W_skip[self.skip.source_layers.index(layer)]
+        return linear(x if self.input_scale is None else x / self.input_scale[layer], W.flatten(0, 1))
 
     def write(self, writes: Writes, target: int) -> Float[Tensor, "N D"]:
         """What stands in for one layer's MLP output, once the layers up to it were added."""

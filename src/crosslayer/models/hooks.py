@@ -58,6 +58,22 @@ def entering(modules: Sequence[nn.Module], on_input: OnRead) -> Iterator[None]:
 
 
 @contextmanager
+def changing(modules: Sequence[nn.Module], change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+    """Let each module get `change(its number, tensor)` in the place of its first tensor."""
+    with ExitStack() as stack:
+        for index, module in enumerate(modules):
+
+            def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], index: int = index) -> tuple[Any, Any]:
+                old = _first(*args, **kwargs)
+                new = change(index, old)
+                kwargs = {name: new if value is old else value for name, value in kwargs.items()}
+                return tuple(new if value is old else value for value in args), kwargs
+
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
 def feeding(sites: Sites, stream: Write) -> Iterator[None]:
     """Let every MLP, through its norm, see `stream(layer)`; the residual stream itself stays as it is."""
     with ExitStack() as stack:

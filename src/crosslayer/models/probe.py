@@ -159,6 +159,11 @@ def _types(inputs: dict[str, Tensor], config: PretrainedConfig) -> dict[str, Ten
     return {"mm_token_type_ids": (inputs["input_ids"] == _image_token(config)).int()}
 
 
+def _gemma_types(inputs: dict[str, Tensor], config: PretrainedConfig) -> dict[str, Tensor]:
+    """The same under another name; patches of one image attend both ways."""
+    return {"token_type_ids": _types(inputs, config)["mm_token_type_ids"]}
+
+
 PIXELS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
     "aya_vision": _square,
     "blip-2": _square,
@@ -191,7 +196,8 @@ PIXELS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
 }
 """By `config.model_type`: what a processor would make of a picture."""
 
-EXTRAS: dict[str, Callable[[dict[str, Tensor], Any], dict[str, Tensor]]] = dict.fromkeys(
-    ("gemma4", "glm4v", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe"), _types
-)
+EXTRAS: dict[str, Callable[[dict[str, Tensor], Any], dict[str, Tensor]]] = {
+    **dict.fromkeys(("gemma4", "glm4v", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe"), _types),
+    "gemma3": _gemma_types,
+}
 """What else a processor gives, once it has the tokens."""

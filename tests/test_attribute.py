@@ -1,0 +1,215 @@
+"""Attribution graphs against independent truth: sums, finite differences under full freeze, and bad requests."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from crosslayer import CrossLayerTranscoder, Full, LoadedModel, LowRank, SourceTied, TargetTied, UserError, Wiring
+from crosslayer.attribution.attribute import Budget, attribute
+from crosslayer.attribution.graph import AttributionGraph
+from crosslayer.attribution.rows import Parts, Rows, feature_rows, rows_of, split
+from crosslayer.attribution.targets import named, salient
+from crosslayer.coders.input_norm import LayerNorm
+from crosslayer.replacement.local import LocalReplacement, trace
+from making import finished_coder
+from test_local import loaded, prompt_of
+
+PROMPT = "a cat and a dog ."
+CODERS = {
+    "full": {},
+    "window": {"wiring": Wiring(2, 1)},
+    "own layer left out, its MLP kept": {"wiring": Wiring(2, 1, 1), "kept_layers": [0]},
+    "scales and offsets": {"decoder": Full(scale=True, offset=True)},
+    "source-tied": {"decoder": SourceTied()},
+    "target-tied": {"decoder": TargetTied(scale=True)},
+    "low rank": {"decoder": LowRank(2)},
+    "skip": {"skip": Wiring.full(2)},
+    "norm": {"input_norm": LayerNorm()},
+}
+
+
+def coder_of(model: LoadedModel, wiring: Wiring | None = None, **settings) -> CrossLayerTranscoder:
+    """A random finished transcoder in the model's precision."""
+    torch.manual_seed(0)
+    like = finished_coder(wiring or Wiring.full(model.n_layers), D=model.d_model)
+    coder = CrossLayerTranscoder(like.wiring, model.d_model, like.d_transcoder, like.sparsity, **settings)
+    for parameter in coder.parameters():
+        parameter.data = torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
+    coder.first_write.normal_()
+    coder.with_thresholds(torch.rand(len(coder.sources), like.d_transcoder))
+    return coder.to(model.model.dtype).requires_grad_(False)
+
+
+def traced(name: str, **settings) -> tuple[LocalReplacement, Parts, CrossLayerTranscoder]:
+    model = loaded(name)
+    coder, batch = coder_of(model, **settings), prompt_of(model)
+    local = trace(model, coder, batch)
+    return local, split(local, coder, batch.position[0] == 0), coder
+
+
+def all_rows(local: LocalReplacement, parts: Parts) -> list[tuple[int, torch.Tensor, Rows]]:
+    """Source number, active features and rows of all of them."""
+    return [
+        (i, some, rows)
+        for i, found in enumerate(parts.active)
+        for some, rows in feature_rows(local, parts, i, torch.arange(len(found)), 7)
+    ]
+
+
+@pytest.mark.parametrize("settings", CODERS.values(), ids=CODERS)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "cohere", "llava", "gemma3"])
+def test_every_row_closes(name, settings):
+    local, parts, _ = traced(name, **settings)
+    assert parts.n_features > 20
+    for i, some, rows in all_rows(local, parts):
+        found = parts.active[i]
+        torch.testing.assert_close(rows.total(), found.preactivations[some] + found.bias[some], rtol=1e-10, atol=1e-10)
+    vectors = torch.randn(3, local.logits.shape[2]).double()
+    rows = rows_of(local, parts, local.into_logits(-1, vectors))
+    torch.testing.assert_close(rows.total(), vectors @ local.logits[0, -1].detach(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("settings", CODERS.values(), ids=CODERS)
+def test_what_features_write_constants_and_errors_are_every_write(settings):
+    local, parts, coder = traced("llama", **settings)
+    for t, write in enumerate(local.writes):
+        whole = parts.constants[t] + parts.errors[t]
+        for start, found in zip(parts.first_target, parts.active, strict=True):
+            if 0 <= t - start < found.writes.shape[1]:
+                whole = whole.index_add(0, found.positions, found.writes[:, t - start])
+        torch.testing.assert_close(whole, write[0].detach())
+        assert (parts.constants[t] == 0).all() == (t in coder.kept_layers)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "llava"])
+def test_doubling_a_source_moves_every_preactivation_and_the_logits_by_its_column(name):
+    local, parts, _ = traced(name)
+    rows, found = all_rows(local, parts), parts.active[0]
+    vector = torch.randn(1, local.logits.shape[2]).double()
+    onto_logits = rows_of(local, parts, local.into_logits(-1, vector)).features[0][0]
+    for source in range(0, len(found), 5):
+        writes = {
+            parts.first_target[0] + place: _at(found.positions[source], write, local.stream)
+            for place, write in enumerate(found.writes[source])
+        }
+        reads, logits = local.replay(0.0, writes)
+        moved = (vector @ (logits - local.logits.detach())[0, -1]).item()
+        assert moved == pytest.approx(onto_logits[source].item(), rel=1e-8, abs=1e-10)
+        for i, some, row in rows:
+            at = parts.active[i]
+            before, after = local.reads[at.layer][0].detach(), reads[at.layer][0]
+            moved = ((after - before)[at.positions[some]] * at.directions[some]).sum(1)
+            column = row.features[0][:, source] if row.features else torch.zeros(len(some)).double()
+            torch.testing.assert_close(moved, column, rtol=1e-8, atol=1e-10)
+
+
+def _at(position: torch.Tensor, write: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    change = torch.zeros_like(like)
+    change[0, position] = write
+    return change
+
+
+def test_edges_of_a_layer_to_itself_and_to_earlier_positions_are_none():
+    local, parts, _ = traced("llama")
+    for i, some, rows in all_rows(local, parts):
+        assert len(rows.features) == i  # strictly earlier layers alone
+        assert rows.errors.shape[1] == parts.active[i].layer
+        later = torch.arange(local.stream.shape[1]) > parts.active[i].positions[some][:, None]
+        assert not rows.stream[later].any()
+
+
+@pytest.fixture(scope="module")
+def seeing(llava) -> tuple[LoadedModel, CrossLayerTranscoder]:
+    return llava, finished_coder(Wiring.full(llava.n_layers), D=llava.d_model)
+
+
+def graph_of(seeing, prompt="is there a cat ?", image: Image.Image | None = None, **settings) -> AttributionGraph:
+    return attribute(*seeing, prompt, image or Image.new("RGB", (48, 96), "teal"), **settings)
+
+
+def test_a_graph_has_all_kinds_of_nodes_and_closes(seeing, tmp_path):
+    graph = graph_of(seeing)
+    assert graph.scores.worst_row_gap < 1e-5
+    assert {node.kind for node in graph.nodes} == {"token", "patch", "bias", "feature", "error", "target"}
+    patches = [node for node in graph.nodes if node.kind == "patch"]
+    assert [patches[i].box for i in (0, -1)] == [(0, 0, 16, 32), (32, 64, 48, 96)]
+    assert graph.picture.rows == graph.picture.columns == 3
+    assert graph.left_out == ""
+    assert graph.target_weight.sum() <= 1
+    graph.save(tmp_path / "graph.json")
+    assert AttributionGraph.load(tmp_path / "graph.json").scores == graph.scores
+    assert graph.prune().scores.worst_row_gap < 1e-5
+
+
+def test_targets_are_the_likeliest_tokens_or_those_named(seeing):
+    model, _ = seeing
+    tokenizer, logits = model.processor.tokenizer, torch.randn(len(model.processor.tokenizer))
+    likely = salient(logits, tokenizer, probability=0.5, at_most=100)
+    shares = [target.probability for target in likely]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) >= 0.5 > sum(shares[:-1])
+    assert len(salient(logits, tokenizer, at_most=4)) == 4
+    yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
+    margin = named('"yes" - "no"', logits, tokenizer)
+    assert (margin.vector @ logits).item() == pytest.approx((logits[yes] - logits[no]).item())
+    assert (named("yes", logits, tokenizer).vector @ logits).item() == pytest.approx(
+        (logits[yes] - logits.mean()).item()
+    )
+    graph = graph_of(seeing, targets=["yes", '"yes" - "no"'])
+    assert [node.label for node in graph.nodes if node.kind == "target"] == ["yes", '"yes" - "no"']
+
+
+def test_a_token_in_the_middle_of_an_answer_is_explained_by_what_comes_before_it(seeing):
+    graph = graph_of(seeing, "is there a cat ? yes", position=-2)
+    reached = {graph.nodes[i].position for i in graph.source[graph.target == len(graph.nodes) - 1].tolist()}
+    assert max(p for p in reached if p is not None) == len(graph.tokens) - 2
+
+
+def test_a_budget_gives_rows_to_the_most_influential_features(seeing):
+    whole, part = graph_of(seeing), graph_of(seeing, budget=Budget(features=9))
+    with_rows = [n.id for n, v in zip(part.nodes, part.preactivation, strict=True) if n.kind == "feature" and v == v]
+    assert len(with_rows) == 9
+    assert "have no row of their own" in part.left_out
+    assert part.scores.left_out > 0
+    influence = dict(zip((n.id for n in whole.nodes), whole.influence.node, strict=True))
+    assert influence[with_rows[0]] > 0
+    assert graph_of(seeing, budget=Budget(features=10**6)).scores == whole.scores
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": ["cat dog"]}, r"target 'cat dog' is 2 tokens \('cat', 'dog'\)"),
+        ({"targets": ["zebroid"]}, r"target 'zebroid' is no token"),
+        ({"position": 99}, r"position is 99, but the prompt has \d+ tokens; choose -\d+ to \d+"),
+        ({"prompt": "<image><image> cat"}, "must match"),
+    ],
+)
+def test_what_cannot_be_explained_is_refused_in_one_line(seeing, settings, message):
+    with pytest.raises(UserError, match=message):
+        graph_of(seeing, **settings)
+
+
+def test_a_run_without_active_features_or_of_another_model_is_refused(seeing):
+    model, coder = seeing
+    silent = finished_coder(coder.wiring, D=model.d_model).with_thresholds(torch.full_like(coder.thresholds, 1e9))
+    with pytest.raises(UserError, match="no feature is active on this prompt"):
+        graph_of((model, silent))
+    with pytest.raises(UserError, match="d_model"):
+        graph_of((model, finished_coder(coder.wiring, D=8)))
+
+
+def test_targets_that_choose_among_features_are_refused(seeing):
+    model, _ = seeing
+    coder = coder_of(model, decoder=TargetTied(topk_coalesced=3))
+    coder.provenance = replace(coder.provenance, model_id="tiny")
+    with pytest.raises(UserError, match="topk_coalesced"):
+        graph_of((model, coder))
+
+
+@pytest.mark.parametrize("budget", [{"features": 0}, {"seconds": -1.0}])
+def test_a_budget_of_nothing_is_refused(budget):
+    with pytest.raises(UserError, match="budget of"):
+        Budget(**budget)
