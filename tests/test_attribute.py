@@ -162,9 +162,13 @@ def test_targets_are_the_likeliest_tokens_or_those_named(seeing):
 
 
 def test_a_token_in_the_middle_of_an_answer_is_explained_by_what_comes_before_it(seeing):
-    graph = graph_of(seeing, "is there a cat ? yes", position=-2)
-    reached = {graph.nodes[i].position for i in graph.source[graph.target == len(graph.nodes) - 1].tolist()}
-    assert max(p for p in reached if p is not None) == len(graph.tokens) - 2
+    whole = graph_of(seeing, response="yes there is", token=2)
+    before = graph_of(seeing, "is there a cat ? yes there")
+    assert whole.tokens[: len(before.tokens)] == before.tokens
+    reached = {whole.nodes[i].position for i in whole.source[whole.target == len(whole.nodes) - 1].tolist()}
+    assert max(p for p in reached if p is not None) == len(before.tokens) - 1
+    assert [n.label for n in whole.nodes if n.kind == "target"] == [n.label for n in before.nodes if n.kind == "target"]
+    assert graph_of(seeing, response="yes").target_weight.sum() == graph_of(seeing).target_weight.sum()
 
 
 def test_a_budget_gives_rows_to_the_most_influential_features(seeing):
@@ -183,7 +187,8 @@ def test_a_budget_gives_rows_to_the_most_influential_features(seeing):
     [
         ({"targets": ["cat dog"]}, r"target 'cat dog' is 2 tokens \('cat', 'dog'\)"),
         ({"targets": ["zebroid"]}, r"target 'zebroid' is no token"),
-        ({"position": 99}, r"position is 99, but the prompt has \d+ tokens; choose -\d+ to \d+"),
+        ({"token": 1}, r"token is 1, but the answer has 1, its end mark included; choose 0 to 0"),
+        ({"response": "yes", "token": 2}, r"token is 2, but the answer has 2"),
         ({"prompt": "<image><image> cat"}, "must match"),
     ],
 )

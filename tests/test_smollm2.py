@@ -24,4 +24,5 @@ def test_what_is_missing_is_named(monkeypatch, missing):
 def test_it_knows_the_capital_of_france():
     model = load_model("smollm2")
     assert (model.n_layers, model.d_model, model.proof.self_replacement_gap) == (30, 576, 0)
-    assert generate(model, [Example("a", "The capital of France is")], max_new_tokens=2) == ["Paris."]
+    asked = [Example("a", "What is the capital of France?")]
+    assert generate(model, asked, max_new_tokens=8) == ["The capital of France is Paris."]

@@ -8,6 +8,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from crosslayer.activations.store import Store
 from crosslayer.activations.to_store import capture_to_store as capture
 from crosslayer.answering import Answering, respond
+from crosslayer.attribution.attribute import Budget, attribute
+from crosslayer.attribution.graph import AttributionGraph
 from crosslayer.coders.decoders import Full, LowRank, SourceAndTargetTied, SourceTied, TargetTied
 from crosslayer.coders.sparsity import BatchTopK, GroupMax, JointTopK, JumpReLU, ReLU, TopK
 from crosslayer.coders.transcoder import CrossLayerTranscoder
@@ -31,8 +33,10 @@ __all__ = [
     "Adam8bit",
     "AdamW",
     "Answering",
+    "AttributionGraph",
     "AuxK",
     "BatchTopK",
+    "Budget",
     "CrossEntropy",
     "CrossLayerTranscoder",
     "DeadPenalty",
@@ -55,6 +59,7 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "Wiring",
+    "attribute",
     "capture",
     "evaluate",
     "load_data",

@@ -57,7 +57,7 @@ def attribute(
     image: Image.Image | Path | str | None = None,
     *,
     response: str | None = None,
-    position: int = -1,
+    token: int = 0,
     targets: Sequence[str] = (),
     probability: float = 0.95,
     at_most: int = 10,
@@ -71,8 +71,8 @@ def attribute(
         coder: its transcoder.
         prompt: `<image>` marks where the image goes, first by default.
         image: a picture or the path of one.
-        response: what follows the prompt already; the graph then explains what comes after it, or within it.
-        position: the position whose next token is explained, counted over the tokens of prompt and response.
+        response: the answer, where it is known, so that a token in its middle can be explained.
+        token: which token of the answer is explained, from 0 on.
         targets: tokens, `"a" - "b"` for a difference; the likeliest tokens when left out.
         probability: of the likeliest tokens together.
         at_most: likeliest tokens at most.
@@ -85,8 +85,8 @@ def attribute(
     ReplacementModel(model, coder)  # refuses one that was trained on a model of another shape
     picture = Path(image) if isinstance(image, str) else image
     picture = open_image(picture) if isinstance(picture, Path) else picture
-    batch = prepare(model.model, model.processor, [Example("prompt", prompt, image=picture)])
-    place = _place(position, batch)
+    batch = prepare(model.model, model.processor, [Example("prompt", prompt, response, image=picture)])
+    place = _place(response, token, batch)
     local = trace(model, coder, batch)
     tokenizer = getattr(model.processor, "tokenizer", model.processor)
     logits = local.logits[0, place].detach()
@@ -101,11 +101,12 @@ def attribute(
     return growing.graph(prompt, batch, tokenizer, model.id, run, picture)
 
 
-def _place(position: int, batch: Batch) -> int:
-    P = batch.tokens.shape[1]
-    if not -P <= position < P:
-        raise UserError(f"position is {position}, but the prompt has {P} tokens; choose -{P} to {P - 1}")
-    return position % P
+def _place(response: str | None, token: int, batch: Batch) -> int:
+    """The position that a token of the answer is predicted at."""
+    n = 1 if response is None else int(batch.response.sum())
+    if not 0 <= token < n:
+        raise UserError(f"token is {token}, but the answer has {n}, its end mark included; choose 0 to {n - 1}")
+    return batch.tokens.shape[1] - 1 - (0 if response is None else n - token)
 
 
 def _inputs(batch: Batch, tokenizer: Any, picture: Image.Image | None) -> list[Node]:

@@ -1,0 +1,1 @@
+"""What `crosslayer VERB` does, verb by verb: each parses, calls and prints."""

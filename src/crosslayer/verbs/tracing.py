@@ -1,0 +1,66 @@
+"""The verb that traces a prompt: graph."""
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from crosslayer.attribution.attribute import Budget, attribute
+from crosslayer.attribution.figure import write_figure
+from crosslayer.attribution.graph import AttributionGraph
+from crosslayer.attribution.summary import summary
+from crosslayer.errors import UserError
+from crosslayer.formats.circuit_tracer_graph import write_circuit_tracer_graph
+from crosslayer.model_options import AS_IT_IS
+from crosslayer.verbs.arguments import Loading, OtherModel, Overwrite, Run, load_run
+
+
+def graph(
+    run: Run,
+    prompt: Annotated[str, arg(help="What was said to the model; <image> marks where the image goes, else first.")],
+    out: Annotated[Path, arg(help="GRAPH.json; the edges go to GRAPH.safetensors, a page to look at to GRAPH.html.")],
+    image: Annotated[Path | None, arg(help="Picture that it was shown.")] = None,
+    response: Annotated[str | None, arg(help="The answer, to explain a token in its middle.")] = None,
+    token: Annotated[int, arg(help="Which token of the answer is explained, from 0 on.")] = 0,
+    target: Annotated[
+        tuple[str, ...],
+        arg(help="""Tokens to explain, or differences, as in: '" yes" - " no"'; the likeliest ones by default."""),
+    ] = (),
+    probability: Annotated[float, arg(help="Of the likeliest tokens together, explained by default ...")] = 0.95,
+    logits: Annotated[int, arg(help="... and how many of them at most.")] = 10,
+    max_features: Annotated[int | None, arg(help="Features with a row, the most influential first; or all.")] = None,
+    max_seconds: Annotated[float | None, arg(help="Start no further rows after this time.")] = None,
+    node_threshold: Annotated[float, arg(help="Share of influence that the features shown carry.")] = 0.8,
+    edge_threshold: Annotated[float, arg(help="Share of influence that the edges shown carry.")] = 0.98,
+    circuit_tracer: Annotated[Path | None, arg(help="Folder for the pruned graph in circuit-tracer's form.")] = None,
+    model: OtherModel = None,
+    overwrite: Overwrite = False,
+    loading: Loading = AS_IT_IS,
+) -> None:
+    """Trace which image patches and words led to a token, through which features: exact, and shown as a page."""
+    page = out.with_suffix(".html")
+    for path in (out, page):
+        if path.exists() and not overwrite:
+            raise UserError(f"{path}: already exists; choose another name or add --overwrite")
+    if out.suffix != ".json":
+        raise UserError(f"{out}: a graph's file name ends in .json")
+    coder, loaded = load_run(run, model, loading)
+    budget = Budget(features=max_features, seconds=max_seconds)
+    found = attribute(
+        loaded, coder, prompt, image, response=response, token=token, targets=target, probability=probability,
+        at_most=logits, budget=budget, run=run,
+    )  # fmt: skip
+    pruned = found.prune(node_threshold, edge_threshold)
+    found.save(out)
+    write_figure(pruned, page)
+    if circuit_tracer is not None:
+        write_circuit_tracer_graph(pruned, circuit_tracer, slug=out.stem, node_threshold=node_threshold)
+    print(f"{_whole(found)}\n\npruned, as shown in {page}:\n{summary(pruned)}")
+
+
+def _whole(found: AttributionGraph) -> str:
+    """The unpruned graph in a few figures."""
+    scores, n_edges = found.scores, len(found.weight)
+    text = f"whole graph: {len(found.nodes):,} nodes, {n_edges:,} edges; replacement {scores.replacement_score:.3f}, "
+    text += f"completeness {scores.completeness_score:.3f}; worst row gap {scores.worst_row_gap:.1e}"
+    return text + (f"\n{found.left_out}; they carry {scores.left_out:.1%} of influence" if found.left_out else "")

@@ -1,0 +1,85 @@
+"""Verbs that train: demo and train."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from crosslayer.activations.store import Store
+from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.data.examples import Examples
+from crosslayer.data.load import read_data
+from crosslayer.demo import DEFAULT_TOKENS, MODEL, run_demo
+from crosslayer.errors import UserError
+from crosslayer.files import claim_folder, write_json
+from crosslayer.models.load import LoadedModel, load_model
+from crosslayer.options import TrainOptions
+from crosslayer.planning import estimate
+from crosslayer.report import (
+    comparison_table,
+    cost_table,
+    inspection,
+    write_report,
+)
+from crosslayer.verbs.arguments import Overwrite, Seed, check_positive, print_skipped
+from crosslayer.wiring import Wiring
+from crosslayer.workflow import train as run_training
+from crosslayer.workflow import train_from_store
+
+
+def demo(
+    out: Annotated[Path, arg(help="Folder for report.html, report.json and the trained runs.")] = Path("demo"),
+    tokens: Annotated[int, arg(help="Tokens that every arm is trained on.")] = DEFAULT_TOKENS,
+    prompts: Annotated[int, arg(help="Held-out scenes that every arm is evaluated on.")] = 128,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train PLT and CLT on the bundled model, put them in its place, compare: the whole story in five minutes."""
+    check_positive(tokens=tokens, prompts=prompts)
+    claim_folder(out, overwrite, ("report.html", "report.json"))
+    model = load_model(MODEL)
+    print(inspection(model, Wiring.full(model.n_layers)), end="\n\n")
+    result = run_demo(model, out, tokens=tokens, prompts=prompts, seed=seed)
+    write_json(out / "report.json", result.to_dict())
+    write_report(out / "report.html", result)
+    print(comparison_table(result))
+    print(f"\nreport: {out / 'report.html'}  ({result.total_seconds:.0f} s in all)")
+
+
+def train(options: Annotated[TrainOptions, arg(name="")]) -> None:
+    """Train a transcoder on activations, captured from DATA on the way or kept in a store; --resume goes on.
+
+    EleutherAI's option names (--cross_layer, --coalesce_topk, ...) work too.
+    """
+    start = None if options.finetune is None else CrossLayerTranscoder.load(options.finetune)
+    data = None
+    if options.store is not None:
+        store = Store(options.store)
+        options.check_store(store.manifest)
+        run_one = partial(train_from_store, store, model_id=options.model)
+        n_layers = store.manifest.n_layers
+    else:
+        loaded, data = _model_and_data(options)
+        run_one, n_layers = partial(run_training, loaded, data), loaded.n_layers
+        if options.dry_run:
+            config = options.config(n_layers, start, options.seed[0])
+            print(cost_table(estimate(loaded, data, config, options.out), len(options.seed)))
+            return
+    for config in [options.config(n_layers, start, seed) for seed in options.seed]:
+        run = options.out if len(options.seed) == 1 else options.out / f"seed-{config.seed}"
+        coder = run_one(config, run, start=options.finetune, resume=options.resume, overwrite=options.overwrite)
+        counted = coder.provenance.training["counted"]
+        print(
+            f"trained on {counted['tokens']:,} tokens; left out {counted['first_left_out']:,} first positions "
+            f"and {counted['outliers_left_out']:,} norm outliers\nnext: crosslayer evaluate {run}"
+        )
+    print_skipped(data)
+
+
+def _model_and_data(options: TrainOptions) -> tuple[LoadedModel, Examples]:
+    if options.data is None:
+        raise UserError("there is nothing to train on; give DATA or --store")
+    load = options.loading.sketch if options.dry_run else options.loading.load
+    loaded = load(options.model, options.read)
+    return loaded, read_data(options.data, options.reading, loaded)
