@@ -75,6 +75,18 @@ def test_a_chunk_is_the_same_whenever_it_is_asked_for(llama):
     assert same(again.chunk(2), chunks[2])
 
 
+def test_a_chunk_that_is_asked_for_again_at_once_costs_no_forward_pass(llama):
+    source, passes = ModelSource(llama, text_examples(8), chunk_prompts=4), []
+    handle = llama.body.register_forward_hook(lambda *_: passes.append(1))
+    first = source.chunk(0)
+    assert source.chunk(0) is first
+    assert len(passes) == 1
+    assert torch.equal(source.chunk(1).sample.unique().sort().values, torch.tensor(sorted(source._order[4:])))
+    assert torch.equal(source.chunk(0).x, first.x)
+    assert len(passes) == 3
+    handle.remove()
+
+
 def test_every_epoch_visits_every_example_in_a_new_order(llama):
     source = ModelSource(llama, text_examples(10), seed=1, chunk_prompts=5, batch_prompts=2)
     orders = [source.chunk(i).sample.unique_consecutive().tolist() for i in range(6)]

@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from crosslayer import AuxK, Example, JointTopK, JumpReLU, TrainConfig, UserError, Wiring, workflow
+from crosslayer import (
+    AuxK,
+    CrossLayerTranscoder,
+    Example,
+    JointTopK,
+    JumpReLU,
+    TrainConfig,
+    UserError,
+    Wiring,
+    workflow,
+)
 from crosslayer import train as run_training
 from crosslayer.activations.capture import ModelSource
 from crosslayer.activations.record import Activations
@@ -265,9 +275,17 @@ def test_a_run_killed_in_a_later_chunk_is_resumed_to_the_same_files(llama, train
     assert_same_run(tmp_path / "killed", trained)
 
 
-def test_a_run_killed_before_its_state_was_removed_is_finished_again(llama, trained, tmp_path):
-    data = Watched(5 * CHUNK, lambda: shutil.copytree(tmp_path / "run", tmp_path / "killed"))
-    train(llama, tmp_path / "run", data, checkpoint_seconds=0.0)
+def test_a_run_killed_before_its_state_was_removed_is_finished_again(llama, trained, tmp_path, monkeypatch):
+    save = CrossLayerTranscoder.save
+
+    def save_and_be_killed(coder: CrossLayerTranscoder, path: Path) -> None:
+        save(coder, path)
+        shutil.copytree(path, tmp_path / "killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CrossLayerTranscoder, "save", save_and_be_killed)
+        train(llama, tmp_path / "run", checkpoint_seconds=0.0)
+    assert (tmp_path / "killed" / STATE).exists()
     assert steps(tmp_path / "killed") == steps(trained)
     train(llama, tmp_path / "killed", resume=True)
     assert_same_run(tmp_path / "killed", trained)

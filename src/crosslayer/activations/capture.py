@@ -111,10 +111,14 @@ class ModelSource:
         fitting = max(1, chunk_bytes // (self.tokens_a_prompt * bytes_a_token))
         self.chunk_prompts, self.batch_prompts = min(chunk_prompts, fitting), min(batch_prompts, fitting)
         self._epoch, self._order = -1, list[int]()
+        self._last: tuple[int, Activations] | None = None
 
     def chunk(self, index: int) -> Activations:
-        """All tokens of chunk `index` but padding."""
-        return Activations.concatenate(list(self.captured(index)))
+        """All tokens of chunk `index` but padding; the last one is kept, as scales, batches and calibration share it."""
+        if self._last is None or self._last[0] != index:
+            self._last = None  # so that two are never in memory
+            self._last = (index, Activations.concatenate(list(self.captured(index))))
+        return self._last[1]
 
     def captured(
         self, index: int, n: int | None = None, *, skip: int = 0, dtype: torch.dtype | None = None
