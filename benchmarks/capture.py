@@ -7,7 +7,6 @@ two alternate. CPU seconds are summed over threads; wall seconds say what is ove
     python benchmarks/capture.py --keep
 """
 
-import os
 import shutil
 import statistics
 import tempfile
@@ -16,19 +15,21 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from step import HERE, cpu_name
+from machine import keep, machine
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import crosslayer as xl
 from crosslayer.activations.capture import ModelSource
+from crosslayer.models.probe import probe
 from crosslayer.models.prompts import prepare
-from crosslayer.models.proof import Proof
-from crosslayer.models.sites import find_sites
+from crosslayer.models.resolve import resolve_sites
 from crosslayer.zoo.emoji_llava.architecture import WORDS, tokenizer
+from crosslayer.zoo.smollm2 import PACKAGES
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,13 @@ def bundled() -> Subject:
     return Subject("emoji-llava", model, [scenes[i] for i in range(len(scenes))])
 
 
-def smollm2_shaped() -> Subject:
-    """A random Llama of SmolLM2-135M's shape, on texts of 128 tokens."""
+def text_model() -> Subject:
+    """SmolLM2-135M where its package is installed, else a random Llama of its shape, on texts of about 128 tokens."""
+    words = [word for word in WORDS if word.isalpha()]
+    texts = [" ".join(words[(7 * i + j * (i + 1)) % len(words)] for j in range(127)) for i in range(16)]
+    data = [xl.Example(str(i), text, form="text") for i, text in enumerate(texts)]
+    if all(map(find_spec, PACKAGES)):
+        return Subject("smollm2", xl.load_model("smollm2"), data)
     config = LlamaConfig(
         vocab_size=49_152,
         hidden_size=576,
@@ -58,10 +64,8 @@ def smollm2_shaped() -> Subject:
         max_position_embeddings=512,
     )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    words = [word for word in WORDS if word.isalpha()]
-    texts = [" ".join(words[(7 * i + j * (i + 1)) % len(words)] for j in range(127)) for i in range(16)]
-    loaded = xl.LoadedModel("smollm2-shaped", "", model, tokenizer(), find_sites(model), Proof((), 0.0))
-    return Subject(loaded.id, loaded, [xl.Example(str(i), text) for i, text in enumerate(texts)])
+    sites, proof = resolve_sites(model, "resid", probe(model, None, False))
+    return Subject("smollm2-shaped", xl.LoadedModel("smollm2-shaped", "", model, tokenizer(), sites, proof), data)
 
 
 def timed(call: Callable[[], object]) -> tuple[float, float]:
@@ -112,11 +116,10 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results/DATE-capture-cpu.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    when = datetime.now(UTC).date()
     lines = [
-        f"# Capture beside the bare forward pass, {when}",
+        f"# Capture beside the bare forward pass, {datetime.now(UTC).date()}",
         "",
-        f"{cpu_name()}, {args.threads} thread(s); torch {torch.__version__}; load {os.getloadavg()[0]:.1f}.",
+        machine("cpu"),
         "A capture to bf16: its seconds over those of the bare pass, and over those of preparing batches for it too.",
         "",
         "| model | tokens | tokens/s | wall / bare | wall / prepared too | CPU / bare | CPU / prepared too | store |",
@@ -124,13 +127,13 @@ def main() -> None:
     ]
     folder = Path(tempfile.mkdtemp(prefix="capture-"))
     try:
-        for subject, batch_prompts in ((bundled(), 64), (smollm2_shaped(), 64)):
+        for subject, batch_prompts in ((bundled(), 64), (text_model(), 64)):
             lines.append(measure(subject, folder / "store", args.rounds, batch_prompts))
     finally:
         shutil.rmtree(folder)
     print("\n".join(lines))
     if args.keep:
-        (HERE / "results" / f"{when}-capture-cpu.md").write_text("\n".join(lines) + "\n")
+        keep("capture", "cpu", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ into memory is after its first round.
     python benchmarks/store.py --keep
 """
 
-import os
 import shutil
 import statistics
 import tempfile
@@ -19,7 +18,8 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from step import CASES, HERE, Case, activations, build, cpu_name
+from machine import keep, machine
+from step import CASES, Case, activations, build
 
 from crosslayer import Store, Wiring
 from crosslayer.activations.manifest import Manifest
@@ -98,11 +98,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()
-    when, folder = datetime.now(UTC).date(), Path(tempfile.mkdtemp(prefix="store-"))
+    folder = Path(tempfile.mkdtemp(prefix="store-"))
     lines = [
-        f"# Training from a store, {when}",
+        f"# Training from a store, {datetime.now(UTC).date()}",
         "",
-        f"{cpu_name()}, {args.threads} thread(s); torch {torch.__version__}; load {os.getloadavg()[0]:.1f}.",
+        machine("cpu"),
         "A step from memory, and a step from a store of each form over it.",
         "",
         "| case | wall, memory | fp32 | bf16 | int8 | CPU, memory | fp32 | bf16 | int8 |",
@@ -114,7 +114,7 @@ def main() -> None:
         shutil.rmtree(folder)
     print("\n".join(lines))
     if args.keep:
-        (HERE / "results" / f"{when}-store-cpu.md").write_text("\n".join(lines) + "\n")
+        keep("store", "cpu", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

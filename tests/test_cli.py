@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from crosslayer import CrossLayerTranscoder, Example, cli, load_model
+from crosslayer import AttributionGraph, CrossLayerTranscoder, Example, cli, load_model
 from crosslayer.activations.capture import capture_all
 from crosslayer.models.prompts import prepare
 from crosslayer.training.trainer import Trainer
@@ -70,6 +70,25 @@ def test_train_evaluate_generate(run, train, text, tmp_path):
     code, out, _ = run("generate", folder, "--prompt", "a cat and", "--max-new-tokens", 3)
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == ["original", "replacement"]
+
+
+def test_a_graph_is_written_summed_up_and_drawn(run, train, tmp_path):
+    train()
+    command = ["graph", tmp_path / "run", "--prompt", "a cat and", "--out", tmp_path / "graph.json"]
+    code, out, err = run(*command, "--circuit-tracer", tmp_path / "viewer")
+    assert code == 0, err
+    assert "worst row gap" in out
+    assert "strongest paths" in out
+    graph = AttributionGraph.load(tmp_path / "graph.json")
+    assert graph.scores.worst_row_gap < 1e-5
+    assert (graph.run, graph.tokens[-1]) == (str(tmp_path / "run"), "and")
+    assert "<svg" in (tmp_path / "graph.html").read_text()
+    assert (tmp_path / "viewer" / "graph.json").exists()
+    check_refused(run(*command), "graph.json", "--overwrite")
+    check_refused(run(*command[:-1], tmp_path / "graph.txt"), ".json")
+    check_refused(run(*command, "--overwrite", "--target", "cat dog"), "is 2 tokens", "'cat', 'dog'")
+    check_refused(run(*command, "--overwrite", "--image", tmp_path / "none.png"), "none.png")
+    assert AttributionGraph.load(tmp_path / "graph.json").scores == graph.scores
 
 
 def test_inspect_prints_sites_gaps_and_wiring(run, llava_folder):

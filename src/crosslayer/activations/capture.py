@@ -114,7 +114,7 @@ class ModelSource:
         self._last: tuple[int, Activations] | None = None
 
     def chunk(self, index: int) -> Activations:
-        """All tokens of chunk `index` but padding; the last one is kept, as scales, batches and calibration share it."""
+        """All tokens of chunk `index` but padding; the last is kept, as scales, batches and calibration share it."""
         if self._last is None or self._last[0] != index:
             self._last = None  # so that two are never in memory
             self._last = (index, Activations.concatenate(list(self.captured(index))))

@@ -38,12 +38,12 @@ def graph(
     loading: Loading = AS_IT_IS,
 ) -> None:
     """Trace which image patches and words led to a token, through which features: exact, and shown as a page."""
+    if out.suffix != ".json":
+        raise UserError(f"{out}: a graph's file name ends in .json")
     page = out.with_suffix(".html")
     for path in (out, page):
         if path.exists() and not overwrite:
             raise UserError(f"{path}: already exists; choose another name or add --overwrite")
-    if out.suffix != ".json":
-        raise UserError(f"{out}: a graph's file name ends in .json")
     coder, loaded = load_run(run, model, loading)
     budget = Budget(features=max_features, seconds=max_seconds)
     found = attribute(
