@@ -43,7 +43,7 @@ class Subject:
 
 def bundled() -> Subject:
     """The bundled LLaVA on its scenes, drawn beforehand."""
-    model, scenes = xl.load_model("emoji-llava"), xl.load_data("emoji-scenes", n=2048)
+    model, scenes = xl.load_model("emoji-llava"), xl.load_data("emoji-scenes", n=8192)
     return Subject("emoji-llava", model, [scenes[i] for i in range(len(scenes))])
 
 
