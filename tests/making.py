@@ -1,6 +1,7 @@
 """What tests are made of: small random transcoders, activations and prompts, and a dense definition in numpy."""
 
 import resource
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -24,6 +25,22 @@ TEXTS = (
 
 def text_examples(n: int) -> list[Example]:
     return [Example(f"text-{i}", f"{TEXTS[i % len(TEXTS)]} a {'cat' if i % 2 else 'dog'} is") for i in range(n)]
+
+
+class Watched(Sequence[Example]):
+    """Examples that call `event` when the n-th of them is asked for."""
+
+    def __init__(self, examples: list[Example], at: int, event: Callable[[], None]):
+        self.examples, self.left, self.event = examples, at, event
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left == 0:
+            self.event()
+        return self.examples[index]
 
 
 @st.composite

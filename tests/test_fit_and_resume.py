@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ import torch
 from crosslayer import (
     AuxK,
     CrossLayerTranscoder,
-    Example,
     JointTopK,
     JumpReLU,
     TrainConfig,
@@ -32,7 +31,7 @@ from crosslayer.training.scales import estimate_scales
 from crosslayer.training.state import METRICS, STATE, load_state
 from crosslayer.training.stream import Place, shuffled_batches
 from crosslayer.training.trainer import Trainer
-from making import no_file_larger_than, random_activations, text_examples
+from making import Watched, no_file_larger_than, random_activations, text_examples
 
 WEIGHTS = "model.safetensors"
 CPU = torch.device("cpu")
@@ -219,22 +218,6 @@ CHUNK = 120
 """Prompts a chunk."""
 
 
-class Watched(Sequence[Example]):
-    """Examples that call `event` when the n-th of them is asked for; CHUNK make a chunk, the first for the scales."""
-
-    def __init__(self, at: int, event: Callable[[], None]):
-        self.examples, self.left, self.event = text_examples(60), at, event
-
-    def __len__(self):
-        return len(self.examples)
-
-    def __getitem__(self, index):
-        self.left -= 1
-        if self.left == 0:
-            self.event()
-        return self.examples[index]
-
-
 def train(model, out: Path, data=None, **options):
     return run_training(model, text_examples(60) if data is None else data, config(), out, **options)
 
@@ -258,7 +241,7 @@ def trained(llama, tmp_path) -> Path:
 
 
 def test_a_run_interrupted_in_a_later_chunk_is_resumed_to_the_same_files(llama, trained, tmp_path):
-    data = Watched(3 * CHUNK - 100, lambda: signal.raise_signal(signal.SIGINT))
+    data = Watched(text_examples(60), 3 * CHUNK - 100, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Interrupted):
         train(llama, tmp_path / "run", data)
     assert (tmp_path / "run" / STATE).exists()
@@ -268,7 +251,7 @@ def test_a_run_interrupted_in_a_later_chunk_is_resumed_to_the_same_files(llama, 
 
 
 def test_a_run_killed_in_a_later_chunk_is_resumed_to_the_same_files(llama, trained, tmp_path):
-    data = Watched(3 * CHUNK - 100, lambda: shutil.copytree(tmp_path / "run", tmp_path / "killed"))
+    data = Watched(text_examples(60), 3 * CHUNK - 100, lambda: shutil.copytree(tmp_path / "run", tmp_path / "killed"))
     train(llama, tmp_path / "run", data, checkpoint_seconds=0.0)
     assert 0 < steps(tmp_path / "killed")[-1] < steps(trained)[-1]
     train(llama, tmp_path / "killed", resume=True)

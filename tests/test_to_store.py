@@ -2,21 +2,20 @@
 
 import json
 import signal
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
-from crosslayer import Example, Store, UserError, capture
+from crosslayer import Store, UserError, capture
 from crosslayer.activations import to_store, writer
 from crosslayer.activations.capture import ModelSource
 from crosslayer.activations.rows import IMAGE, Rows
 from crosslayer.data.load import load_data
 from crosslayer.models.prompts import prepare
 from crosslayer.models.sites import find_sites
-from making import no_file_larger_than, text_examples
+from making import Watched, no_file_larger_than, text_examples
 
 CHUNK = {"chunk_prompts": 20, "batch_prompts": 6}
 SHARD = 40_000
@@ -85,22 +84,6 @@ def test_only_the_layers_asked_for_are_kept(llama, tmp_path):
         captured(llama, tmp_path / "c", layers=range(1, 4))
 
 
-class Watched(Sequence[Example]):
-    """Examples that call `event` when the n-th of them is asked for."""
-
-    def __init__(self, at: int, event: Callable[[], None]):
-        self.examples, self.left, self.event = text_examples(50), at, event
-
-    def __len__(self):
-        return len(self.examples)
-
-    def __getitem__(self, index):
-        self.left -= 1
-        if self.left == 0:
-            self.event()
-        return self.examples[index]
-
-
 LOOKED_AT = 8 + 64
 """Examples whose length is measured before the capture begins; the run-time type checks look at a few more."""
 
@@ -108,7 +91,7 @@ LOOKED_AT = 8 + 64
 @pytest.mark.parametrize("at", [8, 25, 49])
 def test_an_interrupted_capture_goes_on_to_the_same_bytes(llama, tmp_path, at):
     captured(llama, tmp_path / "whole")
-    data = Watched(LOOKED_AT + at, lambda: signal.raise_signal(signal.SIGINT))
+    data = Watched(text_examples(50), LOOKED_AT + at, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt, match="same command with --resume goes on after the last shard"):
         captured(llama, tmp_path / "run", data)
     kept = Store(tmp_path / "run")
