@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -58,6 +58,7 @@ def attribute(
     *,
     response: str | None = None,
     token: int = 0,
+    form: Literal["chat", "text"] = "chat",
     targets: Sequence[str] = (),
     probability: float = 0.95,
     at_most: int = 10,
@@ -73,6 +74,7 @@ def attribute(
         image: a picture or the path of one.
         response: the answer, where it is known, so that a token in its middle can be explained.
         token: which token of the answer is explained, from 0 on.
+        form: `chat` goes through the model's chat template, where it has one; `text` is taken as it is.
         targets: tokens, `"a" - "b"` for a difference; the likeliest tokens when left out.
         probability: of the likeliest tokens together.
         at_most: likeliest tokens at most.
@@ -85,7 +87,7 @@ def attribute(
     ReplacementModel(model, coder)  # refuses one that was trained on a model of another shape
     picture = Path(image) if isinstance(image, str) else image
     picture = open_image(picture) if isinstance(picture, Path) else picture
-    batch = prepare(model.model, model.processor, [Example("prompt", prompt, response, image=picture)])
+    batch = prepare(model.model, model.processor, [Example("prompt", prompt, response, image=picture, form=form)])
     place = _place(response, token, batch)
     local = trace(model, coder, batch)
     tokenizer = getattr(model.processor, "tokenizer", model.processor)

@@ -23,6 +23,7 @@ Loading = Annotated[ModelOptions, arg(name="")]
 Seed = Annotated[int, arg(help="Seed of the weights and of the order of the data.")]
 FirstTarget = Annotated[int, arg(help="0: a source writes to its own layer first; 1: to the next.")]
 OtherModel = Annotated[str | None, arg(help="Model to use instead of the one the run names.")]
+Plain = Annotated[bool, arg(help="Take the prompt as it is, without the model's chat template.")]
 Overwrite = Annotated[bool, arg(help="Replace what an earlier run left in the output folder.")]
 
 

@@ -29,6 +29,7 @@ from crosslayer.verbs.arguments import (
     Loading,
     Model,
     OtherModel,
+    Plain,
     Run,
     check_positive,
     load_run,
@@ -79,6 +80,7 @@ def generate(
     prompt: Annotated[str, arg(help="What to say to the model; <image> marks where the image goes, first by default.")],
     image: Annotated[Path | None, arg(help="Picture to show it.")] = None,
     max_new_tokens: Annotated[int, arg(help="Tokens to generate at most.")] = 32,
+    plain: Plain = False,
     temperature: Annotated[float, arg(help="0 is greedy; above it, sampling.")] = 0.0,
     model: OtherModel = None,
     loading: Loading = AS_IT_IS,
@@ -88,7 +90,9 @@ def generate(
     if temperature < 0:
         raise UserError(f"temperature is {temperature}; choose 0 for greedy or more")
     coder, loaded = load_run(run, model, loading)
-    examples = [Example("prompt", prompt, image=None if image is None else open_image(image))]
+    examples = [
+        Example("prompt", prompt, form="text" if plain else "chat", image=None if image is None else open_image(image))
+    ]
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if temperature:
         settings |= {"do_sample": True, "temperature": temperature}

@@ -12,7 +12,7 @@ from crosslayer.attribution.summary import summary
 from crosslayer.errors import UserError
 from crosslayer.formats.circuit_tracer_graph import write_circuit_tracer_graph
 from crosslayer.model_options import AS_IT_IS
-from crosslayer.verbs.arguments import Loading, OtherModel, Overwrite, Run, load_run
+from crosslayer.verbs.arguments import Loading, OtherModel, Overwrite, Plain, Run, load_run
 
 
 def graph(
@@ -22,6 +22,7 @@ def graph(
     image: Annotated[Path | None, arg(help="Picture that it was shown.")] = None,
     response: Annotated[str | None, arg(help="The answer, to explain a token in its middle.")] = None,
     token: Annotated[int, arg(help="Which token of the answer is explained, from 0 on.")] = 0,
+    plain: Plain = False,
     target: Annotated[
         tuple[str, ...],
         arg(help="""Tokens to explain, or differences, as in: '" yes" - " no"'; the likeliest ones by default."""),
@@ -47,8 +48,8 @@ def graph(
     coder, loaded = load_run(run, model, loading)
     budget = Budget(features=max_features, seconds=max_seconds)
     found = attribute(
-        loaded, coder, prompt, image, response=response, token=token, targets=target, probability=probability,
-        at_most=logits, budget=budget, run=run,
+        loaded, coder, prompt, image, response=response, token=token, form="text" if plain else "chat",
+        targets=target, probability=probability, at_most=logits, budget=budget, run=run,
     )  # fmt: skip
     pruned = found.prune(node_threshold, edge_threshold)
     found.save(out)
