@@ -52,7 +52,8 @@ def main() -> None:
 
 _DESCRIPTION = (
     "Cross-layer transcoders for language and vision-language models: train them, put them in place of the MLPs, "
-    "measure, and trace what led to a word. `crosslayer VERB --help` explains every option; add --debug for the traceback of an error."
+    "measure, and trace what led to a word. `crosslayer VERB --help` explains every option; add --debug for the "
+    "traceback of an error."
 )
 
 
