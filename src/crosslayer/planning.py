@@ -116,7 +116,7 @@ def _measured_capture(model: LoadedModel, data: Sequence[Example], seed: int) ->
     """Seconds a captured token, and bytes of a chunk of them."""
     source = ModelSource(model, data, seed=seed, batch_prompts=16)
     start = time.perf_counter()
-    captured = next(iter(source.captured(0)))
+    captured = next(iter(source.captured(source.batches(0))))
     seconds = time.perf_counter() - start
     bytes_a_token = 2 * model.n_layers * model.d_model * captured.x.element_size()
     return seconds / len(captured), source.chunk_prompts * source.tokens_a_prompt * bytes_a_token
