@@ -41,7 +41,7 @@ class Picture:
     """In pixels: patches' boxes count in them."""
     rows: int
     columns: int
-    """Of the patch grid."""
+    """Of the grid of patches, or of the cells that they are pooled to."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -222,7 +222,8 @@ class AttributionGraph:
         heir = np.arange(len(self.nodes))
         for i, node in enumerate(self.nodes):
             if node.kind in (*INPUTS, "feature"):
-                error = Node(kind="error", layer=node.layer if node.kind == "feature" else None, position=node.position)
+                layer = node.layer if node.kind == "feature" else None
+                error = Node(kind="error", layer=layer, position=node.position, pooled=node.pooled)
                 if error.id not in index:
                     index[error.id] = len(everybody)
                     everybody.append(error)
@@ -317,8 +318,9 @@ def _texts(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _node(record: Mapping[str, Any]) -> Node:
-    known: dict[str, Any] = {f.name: record[f.name] for f in fields(Node)}
-    return Node(**{**known, "box": known["box"] and tuple(known["box"])})
+    known: dict[str, Any] = {f.name: record[f.name] for f in fields(Node) if f.name != "pooled"}
+    pooled = tuple(record.get("pooled", ()))  # which older graphs lack
+    return Node(**{**known, "box": known["box"] and tuple(known["box"])}, pooled=pooled)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -8,7 +8,7 @@ Axes: P positions, R rows, L layers, D d_model, A active pairs of position and f
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -58,6 +58,11 @@ class Parts:
         """Active features, over all layers and positions."""
         return sum(map(len, self.active))
 
+    def below(self, layer: int) -> "Parts":
+        """Without the features that no read of this layer can see."""
+        n = sum(start < layer for start in self.first_target)
+        return replace(self, active=self.active[:n], first_target=self.first_target[:n])
+
 
 @torch.no_grad()
 def split(local: LocalReplacement, coder: CrossLayerTranscoder, first: Bool[Tensor, " P"]) -> Parts:
@@ -87,13 +92,19 @@ def split(local: LocalReplacement, coder: CrossLayerTranscoder, first: Bool[Tens
     return Parts(active, starts, constants, errors)
 
 
+def active_pairs(
+    local: LocalReplacement, coder: CrossLayerTranscoder, i: int, first: Bool[Tensor, " P"]
+) -> tuple[Int[Tensor, " A"], Int[Tensor, " A"], Float[Tensor, " A"]]:
+    """Positions, features and activations of what is active of one source, sorted by position; none at `first`."""
+    read = local.reads[coder.sources[i]][0].detach().to(coder.b_dec)
+    positions, features, activations = coder.sparsity_at(1.0).encode_layer(coder, i, read)[1].pairs()
+    keep = ~first[positions]
+    return positions[keep], features[keep], activations[keep]
+
+
 def _active(local: LocalReplacement, coder: CrossLayerTranscoder, i: int, first: Tensor) -> Active:
     layer, like = coder.sources[i], local.stream
-    read = local.reads[layer][0].detach().to(coder.b_dec)
-    codes = coder.sparsity_at(1.0).encode_layer(coder, i, read)[1]
-    positions, features, activations = codes.pairs()
-    keep = ~first[positions]
-    positions, features, activations = positions[keep], features[keep], activations[keep]
+    positions, features, activations = active_pairs(local, coder, i, first)
     writes = activations[:, None, None] * coder.decoder.vectors(i, features)
     constants = coder.decoder.constants(i, features)
     directions = coder.W_enc[i][features].to(like)
@@ -161,11 +172,29 @@ def _from_features(back: Float[Tensor, "P R M D"], found: Active, start: int) ->
 
 
 def feature_rows(
-    local: LocalReplacement, parts: Parts, i: int, chosen: Int[Tensor, " C"], batch: int
+    local: LocalReplacement,
+    parts: Parts,
+    i: int,
+    chosen: Int[Tensor, " C"],
+    batch: int,
+    row: Int[Tensor, " C"] | None = None,
 ) -> Iterator[tuple[Tensor, Rows]]:
-    """The rows of some active features of one source, in batches, each with the features that it is of."""
+    """The rows of some active features of one source, in batches, each with the features that it is of.
+
+    Args:
+        local: the prompt.
+        parts: what it is a sum of.
+        i: which source.
+        chosen: which of its active features.
+        batch: rows at once.
+        row: which row each is part of, from 0 on; those of one row are at different positions, and the row is the sum
+            of theirs. By default each has its own.
+    """
     found = parts.active[i]
-    for some in chosen.split(batch) if len(chosen) else ():
-        sources = local.into_reads(found.layer, found.positions[some], found.directions[some])
-        sources.biases[:, found.layer] += found.bias[some]
+    row = torch.arange(len(chosen)) if row is None else row
+    for start in range(0, int(row.max()) + 1 if len(row) else 0, batch):
+        inside = (row >= start) & (row < start + batch)
+        some, place = chosen[inside], row[inside] - start
+        sources = local.into_reads(found.layer, found.positions[some], found.directions[some], place)
+        sources.biases[:, found.layer].index_add_(0, place.to(found.bias.device), found.bias[some])
         yield some, rows_of(local, parts, sources)

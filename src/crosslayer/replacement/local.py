@@ -70,11 +70,21 @@ class LocalReplacement:
         """Decoder layers L."""
         return len(self.reads)
 
-    def into_reads(self, layer: int, position: Int[Tensor, " R"], vectors: Float[Tensor, "R D"]) -> Sources:
-        """What flows into `vectors[r] . read` of a layer at `position[r]`."""
+    def into_reads(
+        self,
+        layer: int,
+        position: Int[Tensor, " A"],
+        vectors: Float[Tensor, "A D"],
+        row: Int[Tensor, " A"] | None = None,
+    ) -> Sources:
+        """What flows into `vectors[a] . read` of a layer at `position[a]`, summed over all `a` of one row.
+
+        By default each is a row of its own.
+        """
         read = self.reads[layer]
-        ahead = read.new_zeros(len(vectors), *read.shape)
-        ahead[torch.arange(len(vectors)), 0, position] = vectors.to(read)
+        row = torch.arange(len(vectors)) if row is None else row
+        ahead = read.new_zeros(int(row.max()) + 1, *read.shape)
+        ahead[row, 0, position] = vectors.to(read)
         return self._pull(read, ahead, layer)
 
     def into_logits(self, position: int, vectors: Float[Tensor, "R V"]) -> Sources:
