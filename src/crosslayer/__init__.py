@@ -10,6 +10,7 @@ from crosslayer.activations.to_store import capture_to_store as capture
 from crosslayer.answering import Answering, respond
 from crosslayer.attribution.attribute import Budget, attribute
 from crosslayer.attribution.graph import AttributionGraph
+from crosslayer.attribution.targets import Target
 from crosslayer.coders.decoders import Full, LowRank, SourceAndTargetTied, SourceTied, TargetTied
 from crosslayer.coders.sparsity import BatchTopK, GroupMax, JointTopK, JumpReLU, ReLU, TopK
 from crosslayer.coders.transcoder import CrossLayerTranscoder
@@ -54,6 +55,7 @@ __all__ = [
     "SourceAndTargetTied",
     "SourceTied",
     "Store",
+    "Target",
     "TargetTied",
     "TopK",
     "TrainConfig",

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from crosslayer.attribution.forecast import check_memory, forecast
+from crosslayer.attribution.forecast import check_memory, forecast, row_bytes
 from crosslayer.attribution.graph import AttributionGraph
 from crosslayer.attribution.influence import Edges, influence
 from crosslayer.attribution.inputs import Inputs, added, inputs_of
@@ -93,12 +93,16 @@ def attribute(
     picture = Path(image) if isinstance(image, str) else image
     picture = open_image(picture) if isinstance(picture, Path) else picture
     batch = prepare(model.model, model.processor, [Example("prompt", prompt, response, image=picture, form=form)])
+    if batch.tokens.shape[1] < 2:
+        raise UserError("the prompt is empty: nothing comes after the token that begins it, so nothing can be traced")
     places = [_place(response, number, batch) for number in ([token] if isinstance(token, int) else token)]
     tokenizer = getattr(model.processor, "tokenizer", model.processor)
     inputs = inputs_of(batch, tokenizer, picture, pool_patches)
     local = trace(model, coder, batch)
+    n_heads = getattr(model.model.config.get_text_config(), "num_attention_heads", 1)
     first, limits = batch.position[0] == 0, budget or Budget()
-    check_memory(forecast(local, coder, first, inputs.cell, BATCH_BYTES, limits.features, limits.positions), local)
+    most = (limits.features, limits.positions)
+    check_memory(forecast(local, coder, first, inputs.cell, n_heads, BATCH_BYTES, *most), local)
     parts = split(local, coder, first)
     if not parts.n_features:
         raise UserError("no feature is active on this prompt, so there is nothing to trace; is the run of this model?")
@@ -106,7 +110,7 @@ def attribute(
     if not targets:
         likely = {"probability": probability, "at_most": at_most}
         chosen = [made for at in places for made in salient(local.logits[0, at].detach(), tokenizer, at, **likely)]
-    growing = _Growing(local, parts, inputs, chosen)
+    growing = _Growing(local, parts, inputs, chosen, n_heads)
     growing.add_targets()
     growing.add_features(limits)
     return growing.graph(prompt, batch, tokenizer, model.id, run)
@@ -139,10 +143,16 @@ def _made(
 class _Growing:
     """A graph that rows are added to."""
 
-    def __init__(self, local: LocalReplacement, parts: Parts, inputs: Inputs, targets: list[Target]):
+    def __init__(self, local: LocalReplacement, parts: Parts, inputs: Inputs, targets: list[Target], n_heads: int):
         L = local.n_layers
         top = max(L if target.layer is None else target.layer for target in targets)
-        self.local, self.parts, self.inputs, self.targets = local, parts.below(top), inputs, targets
+        self.local, self.parts, self.inputs, self.targets, self.n_heads = (
+            local,
+            parts.below(top),
+            inputs,
+            targets,
+            n_heads,
+        )
         self.nodes: list[Node] = []
         cell, entering = inputs.cell, inputs.nodes
         self.at_stream = self._place(entering)[cell]
@@ -152,27 +162,9 @@ class _Growing:
         self.at_biases = self._place([Node(kind="bias", layer=layer if layer < L else None) for layer in range(L + 1)])
         self.at_features = [self._place_features(found) for found in self.parts.active]
         self.at_errors = torch.stack(
-            [
-                self._place(
-                    [Node(kind="error", layer=layer, position=node.position, pooled=node.pooled) for node in entering]
-                )[cell]
-                for layer in range(L)
-            ]
+            [self._place([_error(layer, node) for node in entering])[cell] for layer in range(L)]
         )
-        self.at_targets = self._place(
-            [
-                Node(
-                    kind="target",
-                    layer=t.layer,
-                    position=t.position,
-                    feature=t.feature,
-                    label=t.label,
-                    probability=t.probability,
-                    vocab=t.vocab,
-                )
-                for t in targets
-            ]
-        )
+        self.at_targets = self._place([target.node for target in targets])
         self.position = torch.tensor([-1 if node.position is None else node.position for node in self.nodes])
         self.preactivation = torch.full((len(self.nodes),), float("nan"))
         self.target_weight = torch.zeros(len(self.nodes))
@@ -248,7 +240,7 @@ class _Growing:
     def _add_rows_of(self, chosen: Int[Tensor, " C"]) -> None:
         for i, (places, found) in enumerate(zip(self.at_features, self.parts.active, strict=True)):
             mine = torch.isin(places, chosen).nonzero().squeeze(1)
-            batch = max(1, BATCH_BYTES // (self.local.stream.nbytes * max(1, 4 * found.layer)))
+            batch = max(1, BATCH_BYTES // row_bytes(self.local, self.n_heads, found.layer))
             row = places[mine].unique(return_inverse=True)[1]
             for some, rows in feature_rows(self.local, self.parts, i, mine, batch, row):
                 nodes, row = places[some].unique(return_inverse=True)
@@ -295,6 +287,10 @@ class _Growing:
         n_all, n_have = (len(self.position[some].unique()) for some in (features, features[have]))
         where = f", those at {n_all - n_have} of {n_all} positions among them" if n_have < n_all else ""
         return f"{int((~have).sum()):,} of {len(features):,} active features have no row of their own{where}"
+
+
+def _error(layer: int, node: Node) -> Node:
+    return Node(kind="error", layer=layer, position=node.position, pooled=node.pooled)
 
 
 def _largest(candidates: Int[Tensor, " C"], values: Float[Tensor, " C"], n: int) -> Int[Tensor, " n"]:

@@ -187,8 +187,7 @@ def feature_rows(
         i: which source.
         chosen: which of its active features.
         batch: rows at once.
-        row: which row each is part of, from 0 on; those of one row are at different positions, and the row is the sum
-            of theirs. By default each has its own.
+        row: which row each is part of, from 0 on; a row is the sum of its features' own. By default each has its own.
     """
     found = parts.active[i]
     row = torch.arange(len(chosen)) if row is None else row

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from crosslayer.attribution.node import Node
 from crosslayer.attribution.rows import Active, Parts
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.errors import UserError
@@ -43,6 +44,14 @@ class Target:
     """Number, of a feature."""
     bias: float = 0.0
     """What is added to the product: a feature's encoder bias."""
+
+    @property
+    def node(self) -> Node:
+        """It in a graph."""
+        known = {
+            name: getattr(self, name) for name in ("label", "layer", "position", "feature", "probability", "vocab")
+        }
+        return Node(kind="target", **known)
 
 
 def salient(

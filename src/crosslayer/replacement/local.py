@@ -84,7 +84,7 @@ class LocalReplacement:
         read = self.reads[layer]
         row = torch.arange(len(vectors)) if row is None else row
         ahead = read.new_zeros(int(row.max()) + 1, *read.shape)
-        ahead[row, 0, position] = vectors.to(read)
+        ahead.index_put_((row, torch.zeros_like(row), position), vectors.to(read), accumulate=True)
         return self._pull(read, ahead, layer)
 
     def into_logits(self, position: int, vectors: Float[Tensor, "R V"]) -> Sources:

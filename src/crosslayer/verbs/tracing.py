@@ -21,16 +21,23 @@ def graph(
     out: Annotated[Path, arg(help="GRAPH.json; the edges go to GRAPH.safetensors, a page to look at to GRAPH.html.")],
     image: Annotated[Path | None, arg(help="Picture that it was shown.")] = None,
     response: Annotated[str | None, arg(help="The answer, to explain a token in its middle.")] = None,
-    token: Annotated[int, arg(help="Which token of the answer is explained, from 0 on.")] = 0,
+    token: Annotated[tuple[int, ...], arg(help="Which tokens of the answer are explained, from 0 on.")] = (0,),
     plain: Plain = False,
     target: Annotated[
         tuple[str, ...],
-        arg(help="""Tokens to explain, or differences, as in: '" yes" - " no"'; the likeliest ones by default."""),
+        arg(
+            help="""Tokens to explain, weighted sums ('" yes" - 0.5 " no"'), or features ("feature 5/123 @ 17": layer,
+        number, position; negative positions count from the end); the likeliest tokens by default."""
+        ),
     ] = (),
     probability: Annotated[float, arg(help="Of the likeliest tokens together, explained by default ...")] = 0.95,
     logits: Annotated[int, arg(help="... and how many of them at most.")] = 10,
     max_features: Annotated[int | None, arg(help="Features with a row, the most influential first; or all.")] = None,
+    max_positions: Annotated[int | None, arg(help="Rows only at so many positions, the most influential.")] = None,
     max_seconds: Annotated[float | None, arg(help="Start no further rows after this time.")] = None,
+    pool_patches: Annotated[
+        int | None, arg(help="Take image patches together in N x N cells: fewer nodes and rows, still exact.")
+    ] = None,
     node_threshold: Annotated[float, arg(help="Share of influence that the features shown carry.")] = 0.8,
     edge_threshold: Annotated[float, arg(help="Share of influence that the edges shown carry.")] = 0.98,
     circuit_tracer: Annotated[Path | None, arg(help="Folder for the pruned graph in circuit-tracer's form.")] = None,
@@ -46,10 +53,10 @@ def graph(
         if path.exists() and not overwrite:
             raise UserError(f"{path}: already exists; choose another name or add --overwrite")
     coder, loaded = load_run(run, model, loading)
-    budget = Budget(features=max_features, seconds=max_seconds)
+    budget = Budget(features=max_features, seconds=max_seconds, positions=max_positions)
     found = attribute(
         loaded, coder, prompt, image, response=response, token=token, form="text" if plain else "chat",
-        targets=target, probability=probability, at_most=logits, budget=budget, run=run,
+        targets=target, probability=probability, at_most=logits, budget=budget, pool_patches=pool_patches, run=run,
     )  # fmt: skip
     pruned = found.prune(node_threshold, edge_threshold)
     found.save(out)
