@@ -97,7 +97,7 @@ def test_a_graph_is_written_summed_up_and_drawn(run, train, tmp_path):
 @pytest.fixture
 def traced_run(tmp_path, llama_folder):
     """A run of the tiny Llama without training, with so many features that all their edges fit into no memory."""
-    coder = finished_coder(Wiring.full(3), F=30_000).with_thresholds(torch.full((3, 30_000), -1e3))
+    coder = finished_coder(Wiring.full(3), F=5_000).with_thresholds(torch.full((3, 5_000), -1e3))
     coder.provenance = Provenance(str(llama_folder))
     coder.save(tmp_path / "wide")
     return tmp_path / "wide"
@@ -276,7 +276,7 @@ def test_a_dry_run_prints_the_cost_and_trains_nothing(train, tmp_path):
 
 
 def test_a_dry_run_that_does_not_fit_says_what_would(train):
-    code, out, _ = train("--dry-run", "--d-transcoder", 30_000_000, "--batch-tokens", 1)
+    code, out, _ = train("--dry-run", "--d-transcoder", 5_000_000, "--batch-tokens", 1)
     assert code == 0
     assert "does not fit into memory; what would: --" in out
 

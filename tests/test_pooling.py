@@ -63,7 +63,8 @@ def test_cells_have_the_box_around_their_patches_and_a_mark_in_the_figure(llava)
     assert [node.box for node in cells] == [(0, 0, 32, 64), (32, 0, 48, 64), (0, 64, 32, 96), (32, 64, 48, 96)]
     assert [len(node.pooled) for node in cells] == [4, 2, 2, 0]
     assert (graph.picture.rows, graph.picture.columns) == (2, 2)
-    assert "cell 0 of 4 patches" in figure(graph)
+    assert "cell 0 (1)" in figure(graph)
+    assert '["stands for positions", "1, 2, 4, 5"]' in figure(graph)
     assert graph.prune(0.5, 0.9).scores.worst_row_gap < 1e-5
     assert len([node for node in graph_of(llava, pool_patches=1).nodes if node.kind == "patch"]) == 1
     assert graph_of(llava, pool_patches=3).scores == graph_of(llava).scores

@@ -67,10 +67,9 @@ def added(layer: int, node: Node) -> Node:
 
 
 def _patch(number: int, positions: tuple[int, ...], vocab: int, box: Box | None) -> Node:
-    several = len(positions) > 1
-    label = f"cell {number} of {len(positions)} patches" if several else f"patch {positions[0]}"
-    pooled = positions if several else ()
-    return Node(kind="patch", position=positions[0], label=label, vocab=vocab, box=box, pooled=pooled)
+    first, pooled = positions[0], positions if len(positions) > 1 else ()
+    label = f"cell {number}" if pooled else f"patch {first}"
+    return Node(kind="patch", position=first, label=label, vocab=vocab, box=box, pooled=pooled)
 
 
 def _side(n_patches: int) -> int | None:
