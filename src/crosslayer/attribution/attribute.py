@@ -97,6 +97,8 @@ def attribute(
         raise UserError("the prompt is empty: nothing comes after the token that begins it, so nothing can be traced")
     places = [_place(response, number, batch) for number in ([token] if isinstance(token, int) else token)]
     tokenizer = getattr(model.processor, "tokenizer", model.processor)
+    if not places:
+        raise UserError("no token of the answer is named; give at least one, or leave token out")
     inputs = inputs_of(batch, tokenizer, picture, pool_patches)
     local = trace(model, coder, batch)
     n_heads = getattr(model.model.config.get_text_config(), "num_attention_heads", 1)
@@ -146,13 +148,8 @@ class _Growing:
     def __init__(self, local: LocalReplacement, parts: Parts, inputs: Inputs, targets: list[Target], n_heads: int):
         L = local.n_layers
         top = max(L if target.layer is None else target.layer for target in targets)
-        self.local, self.parts, self.inputs, self.targets, self.n_heads = (
-            local,
-            parts.below(top),
-            inputs,
-            targets,
-            n_heads,
-        )
+        self.local, self.parts, self.inputs = local, parts.below(top), inputs
+        self.targets, self.n_heads = targets, n_heads
         self.nodes: list[Node] = []
         cell, entering = inputs.cell, inputs.nodes
         self.at_stream = self._place(entering)[cell]
@@ -194,10 +191,8 @@ class _Growing:
             if layer is None:
                 sources, output = self.local.into_logits(position, vector), self.local.logits
             else:
-                sources, output = (
-                    self.local.into_reads(layer, torch.tensor([position]), vector),
-                    self.local.reads[layer],
-                )
+                sources = self.local.into_reads(layer, torch.tensor([position]), vector)
+                output = self.local.reads[layer]
                 sources.biases[:, layer] += target.bias
             value = vector.to(output) @ output[0, position].detach() + target.bias
             self._add(rows_of(self.local, self.parts, sources), place, value)
