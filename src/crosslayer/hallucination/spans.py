@@ -1,7 +1,6 @@
 """Which tokens of a response cover which of its characters."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 from crosslayer.data.examples import Example
@@ -39,12 +38,19 @@ def covering(spans: Sequence[Span], chars: Span) -> Span:
 
 
 def decoded_spans(processor: Any, ids: Sequence[int]) -> list[Span]:
-    """The characters that each token adds when the response is decoded token by token."""
+    """The characters that each token adds, or adds a part of, when the response is decoded token by token."""
     tokenizer = getattr(processor, "tokenizer", processor)
     texts = [tokenizer.decode(list(ids[:n]), skip_special_tokens=True) for n in range(len(ids) + 1)]
+    whole = [_agree(text, texts[-1]) for text in texts]  # less than all of a text that ends in half a letter
     blank = len(texts[-1]) - len(texts[-1].lstrip())  # a response is kept without the blanks around it
-    ends = [max(0, len(text) - blank) for text in texts]
-    return list(pairwise(ends))
+    ends = [n + (len(text) > n) for n, text in zip(whole, texts, strict=True)]
+    return [(max(0, start - blank), max(0, end - blank)) for start, end in zip(whole, ends[1:], strict=False)]
+
+
+def _agree(text: str, other: str) -> int:
+    """How many characters two texts have in common before they differ."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)))
 
 
 def _encoded(processor: Any, example: Example) -> tuple[list[int], list[Span]]:

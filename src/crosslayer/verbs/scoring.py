@@ -141,8 +141,8 @@ def _task(model: LoadedModel, data: str | None, reading: Reading, truth: Truth, 
     if data in (None, EMOJI_SCENES):
         if (truth.instances, truth.synonyms) != (None, None) or reading != Reading(split=reading.split):
             raise UserError(
-                f"{EMOJI_SCENES}: bring their own truth, words and prompts; leave --instances, --synonyms and the options "
-                "of DATA out, --split aside"
+                f"{EMOJI_SCENES}: bring their own truth, words and prompts; leave --instances, --synonyms and all "
+                "options of DATA but --split out"
             )
         return scene_task(limit or 100, questions=truth.questions, split=reading.split or "test", seed=seed)
     return _pictures(read_data(data, reading, model, n=limit), data, truth, seed)
