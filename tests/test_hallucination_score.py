@@ -2,12 +2,15 @@
 
 import csv
 import json
+import re
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import crosslayer
 from crosslayer import Answering, answering, cli, load_model
 from crosslayer.hallucination.asking import ask, ask_on_disk
 from crosslayer.hallucination.responses import read_responses
@@ -18,6 +21,8 @@ from crosslayer.wiring import Wiring
 from crosslayer.zoo.emoji_llava.measure import measure
 from crosslayer.zoo.emoji_llava.replies import replies
 from making import finished_coder
+
+PAGE = Path(__file__).parent.parent / "docs" / "hallucination.md"
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +193,13 @@ def test_scenes_are_for_the_bundled_model(run, llava_folder, tmp_path):
     code, _, err = run("score", llava_folder, "--out", tmp_path / "out")
     assert code == 2
     assert "name the DATA to ask" in err
+
+
+def test_the_examples_of_the_docs_run(run, emoji, tmp_path, monkeypatch):
+    assert run("score", "--out", tmp_path / "h", "--limit", 1, "--questions", 1)[0] == 0
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    coder = finished_coder(Wiring.full(emoji.n_layers), D=emoji.d_model)
+    names = {"xl": crosslayer, "model": emoji, "clt": coder}
+    exec(compile("\n".join(examples), str(PAGE), "exec"), names)
+    assert [r.id for r in names["edited"]] == [r.id for r in names["responses"]]

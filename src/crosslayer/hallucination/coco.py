@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from crosslayer.data.splits import name_key
 from crosslayer.errors import UserError
 from crosslayer.files import read_json
@@ -51,7 +53,7 @@ def _annotations(path: Path, content: Any, found: dict[str, set[str]]) -> Iterat
         images = {image["id"]: name_key(image["file_name"]).decode() for image in content["images"]}
         for name in images.values():
             found.setdefault(name, set())
-        for annotation in content["annotations"]:
+        for annotation in tqdm(content["annotations"], desc=f"read {path.name}", delay=2, disable=None, leave=False):
             yield images[annotation["image_id"]], annotation
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: is not in COCO's layout; an image or an annotation lacks {error}") from None
