@@ -52,9 +52,11 @@ def annotations(tmp_path) -> tuple[Path, Path]:
     images = [{"id": 7, "file_name": "000000000007.jpg"}, {"id": 8, "file_name": "8.jpg"}]
     categories = [{"id": 1, "name": "cat"}, {"id": 18, "name": "dog"}]
     outlined = [{"image_id": 7, "category_id": 18}, {"image_id": 7, "category_id": 18}]
-    told = [{"image_id": 7, "caption": "a cat, and puppies"}, {"image_id": 7, "caption": "pets"}]
+    told = [{"image_id": 7, "caption": "a cat, and puppies"}, {"image_id": 5, "caption": "a dog of no known image"}]
     (tmp_path / "i.json").write_text(json.dumps({"images": images, "annotations": outlined, "categories": categories}))
-    (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": told}))
+    (tmp_path / "c.json").write_text(
+        json.dumps({"images": [*images, {"id": 5, "file_name": "5.jpg"}], "annotations": told})
+    )
     return tmp_path / "i.json", tmp_path / "c.json"
 
 
@@ -106,6 +108,11 @@ def test_truth_is_what_is_outlined_and_what_reference_captions_name(annotations)
         read_truths(instances, captions, read_table("dog", "mine"))
     with pytest.raises(UserError, match="c.json: has no list under 'categories'; give a file in COCO's layout"):
         read_truths(captions, None, TWO)
+    captions.write_text(instances.read_text())
+    with pytest.raises(
+        UserError, match="c.json: is not in COCO's layout; some image, category or annotation lacks 'capt"
+    ):
+        read_truths(instances, captions, TWO)
 
 
 def test_pictures_with_annotations_are_described_and_asked_about(photos, annotations):
@@ -169,9 +176,11 @@ def test_captions_that_exist_are_matched_by_their_picture(tmp_path):
     rows = [{"image_id": 7, "caption": "a dog"}, {"image": "b/8.jpg", "text": "a cat"}, {"image": "9.jpg", "text": "x"}]
     truths = {"000000000007.jpg": ("dog",), "8.jpg": ()}
     answers = read_answers(write_lines(tmp_path / "a.jsonl", rows))
+    (tmp_path / "COCO_val2014_000000000007.jpg").touch()
     task, matched = captions_task(answers, truths, TWO, tmp_path)
     assert [(q.image_id, q.truth) for q in task.queries] == [("000000000007.jpg", ("dog",)), ("8.jpg", ())]
-    assert task.queries[1].image == str((tmp_path / "b" / "8.jpg").resolve())
+    photos = [tmp_path / "COCO_val2014_000000000007.jpg", tmp_path / "b" / "8.jpg"]
+    assert [q.image for q in task.queries] == [str(photo.resolve()) for photo in photos]
     assert [matched.said[q.id].text for q in task.queries] == ["a dog", "a cat"]
     assert matched.unasked == 1
     with pytest.raises(UserError, match="a.jsonl:3: none of 1 answers is about an image of the annotations"):

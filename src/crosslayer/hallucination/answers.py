@@ -111,8 +111,9 @@ def captions_task(
             f"about {found}"
         )
     queries, said = [], {}
+    files = {name_key(path.name).decode(): path for path in sorted(images.iterdir())} if images.is_dir() else {}
     for answer in known:
-        query = _captioned(answer, truths, images)
+        query = _captioned(answer, truths, files.get(answer.image_id or "", images / (answer.image or "")))
         if query.id in said:
             raise UserError(f"{answer.place}: describes {answer.image} for the second time; leave one out")
         queries.append(query)
@@ -126,33 +127,29 @@ def captions_task(
     return task, Matched(said, len(answers) - len(known))
 
 
-def _captioned(answer: Answer, truths: Mapping[str, Sequence[str]], images: Path) -> Query:
-    assert answer.image is not None
-    assert answer.image_id is not None
+def _captioned(answer: Answer, truths: Mapping[str, Sequence[str]], image: Path) -> Query:
+    known = answer.image_id
+    assert known is not None
     return Query(
-        id=f"{answer.image_id}:caption",
-        image_id=answer.image_id,
-        image=str((images / answer.image).resolve()),
+        id=f"{known}:caption",
+        image_id=known,
+        image=str(image.resolve()),
         prompt=_plain(answer.prompt or ""),
         kind=CAPTION,
-        truth=tuple(truths[answer.image_id]),
+        truth=tuple(truths[known]),
     )
 
 
 def _answer(place: str, row: Mapping[str, Any]) -> Answer:
-    prompt, image = _first(row, PROMPT), _first(row, IMAGE)
-    text = _first(row, TEXT)
+    prompt, text, id, ids = _first(row, PROMPT), _first(row, TEXT), _first(row, ID), row.get("token_ids")
     if not isinstance(text, str) or ("label" in row and _first(row, TEXT[:2]) is None and prompt is None):
         raise UserError(f"{place}: holds no answer; write it under 'text' (or 'response'); found {str(dict(row))[:60]}")
-    id, ids = _first(row, ID), row.get("token_ids")
-    image = image if image is not None else row.get("image_id")
-    return Answer(
-        place=place,
-        id=None if id is None else str(id),
-        image=f"{image:012d}.jpg" if isinstance(image, int) else image,  # COCO's own name for that picture
-        prompt=prompt,
-        said=Said(text.strip(), None if ids is None else tuple(ids), image if isinstance(image, str) else None),
-    )
+    image = _first(row, (*IMAGE, "image_id"))
+    if isinstance(image, int):
+        image = f"{image:012d}.jpg"  # COCO's own name for that picture
+    image, prompt = (value if isinstance(value, str) else None for value in (image, prompt))
+    said = Said(text.strip(), None if ids is None else tuple(ids), image)
+    return Answer(place=place, id=None if id is None else str(id), image=image, prompt=prompt, said=said)
 
 
 def _first(row: Mapping[str, Any], keys: Iterable[str]) -> Any:

@@ -1,6 +1,7 @@
 """The objects of COCO's pictures, from its annotation files."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ def read_truths(instances: Path, captions: Path | None, table: SynonymTable) -> 
     """The objects of each picture, by the name of its file, in the order of the table.
 
     As CHAIR has it (Rohrbach et al. 2018, section 3.1): those that are outlined, and those that the reference captions
-    name. A picture that the files list without objects has none.
+    name. A picture that `instances` lists without objects has none; one that it does not list is not known.
 
     Args:
         instances: COCO's instances_*.json, or another file of `images`, `annotations` and `categories`.
@@ -26,16 +27,17 @@ def read_truths(instances: Path, captions: Path | None, table: SynonymTable) -> 
     Raises:
         UserError: when a file is not in COCO's layout, or the table lacks a category.
     """
-    found: dict[str, set[str]] = {}
     content = _content(instances, "categories")
-    names = {c["id"]: table.object(c["name"], instances.name) for c in content["categories"]}
-    for image, annotation in _annotations(instances, content, found):
-        if annotation.get("category_id") not in names:
-            raise UserError(f"{instances}: an annotation of {image} has no known category_id; mend the file")
-        found[image].add(names[annotation["category_id"]])
+    with _layout(instances):
+        names = {c["id"]: table.object(c["name"], instances.name) for c in content["categories"]}
+        found: dict[str, set[str]] = {image: set() for image in _images(content).values()}
+        for image, annotation in _annotations(instances, content):
+            found[image].add(names[annotation["category_id"]])
     if captions is not None:
-        for image, annotation in _annotations(captions, _content(captions), found):
-            found[image] |= {named.object for named in table.find(str(annotation.get("caption", "")))}
+        with _layout(captions):
+            for image, annotation in _annotations(captions, _content(captions)):
+                if image in found:
+                    found[image] |= {named.object for named in table.find(annotation["caption"])}
     return {image: tuple(name for name in table.phrases if name in objects) for image, objects in found.items()}
 
 
@@ -47,13 +49,22 @@ def _content(path: Path, *more: str) -> Any:
     return content
 
 
-def _annotations(path: Path, content: Any, found: dict[str, set[str]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each annotation with its image, every image being entered into `found`."""
+def _images(content: Any) -> dict[Any, str]:
+    """What the images are known by, by their number."""
+    return {image["id"]: name_key(image["file_name"]).decode() for image in content["images"]}
+
+
+def _annotations(path: Path, content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each annotation with its image."""
+    images = _images(content)
+    for annotation in tqdm(content["annotations"], desc=f"read {path.name}", delay=2, disable=None, leave=False):
+        yield images[annotation["image_id"]], annotation
+
+
+@contextmanager
+def _layout(path: Path) -> Iterator[None]:
+    """Inside, a key that is missing is the file's fault."""
     try:
-        images = {image["id"]: name_key(image["file_name"]).decode() for image in content["images"]}
-        for name in images.values():
-            found.setdefault(name, set())
-        for annotation in tqdm(content["annotations"], desc=f"read {path.name}", delay=2, disable=None, leave=False):
-            yield images[annotation["image_id"]], annotation
+        yield
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: is not in COCO's layout; an image or an annotation lacks {error}") from None
+        raise UserError(f"{path}: is not in COCO's layout; some image, category or annotation lacks {error}") from None

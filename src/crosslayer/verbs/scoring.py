@@ -92,29 +92,30 @@ def score(
         check_positive(limit=limit)
     if not resume:
         check_folder(out, overwrite)
-    settings = Answering(max_new_tokens=max_new_tokens, batch_prompts=batch_prompts)
     if answers is not None:
         task, said = _existing(data, reading, truth, answers, limit)
         processor = None if model is None else loading.processor(model)
         _claim(out, resume, overwrite)
     else:
         speaker = _speaker(model or BUNDLED_MODEL, loading)
-        task = _task(speaker.model, data, reading, truth, limit, seed)
+        task, processor = _task(speaker.model, data, reading, truth, limit, seed), speaker.model.processor
         _claim(out, resume, overwrite)
+        settings = Answering(max_new_tokens=max_new_tokens, batch_prompts=batch_prompts)
         with speaker.speaking:
             said = ask_on_disk(speaker.model, task, out, settings, name=speaker.name, resume=resume)
-        processor = speaker.model.processor
     responses = label_all(task, said, processor)
     result = run_score(responses)
-    write_responses(out / RESPONSES, responses)
     about = {"model": model or ("" if answers else BUNDLED_MODEL), "data": task.name, "synonyms": task.table.name}
+    write_responses(out / RESPONSES, responses)
     write_json(out / SCORE, {**about, **result.to_dict()})
     write_text(out / "score.csv", result.to_csv())
-    print(score_tables(result))
-    if len(responses) < len(task.queries):
-        print(f"{len(task.queries) - len(responses):,} of {len(task.queries):,} queries have no answer")
-    if task.skipped.reasons:
-        print(task.skipped)
+    print("\n".join([score_tables(result), *_left_out(task, len(responses))]))
+
+
+def _left_out(task: Task, answered: int) -> list[str]:
+    n = len(task.queries)
+    unanswered = [f"{n - answered:,} of {n:,} queries have no answer"] if answered < n else []
+    return unanswered + ([str(task.skipped)] if task.skipped.reasons else [])
 
 
 @dataclass(frozen=True)
