@@ -43,7 +43,7 @@ def photos(tmp_path) -> Path:
 
 @pytest.fixture
 def pope(photos):
-    path = write_lines(photos / "coco_pope_popular.jsonl", ASKED)
+    path = write_lines(photos / "coco_pope_popular.json", ASKED)  # lines, as POPE's own .json files are
     return pope_task(load_data(path), path, TABLE)
 
 

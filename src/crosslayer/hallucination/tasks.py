@@ -1,6 +1,6 @@
 """What to ask: queries with what is true, from POPE files or from pictures with COCO's annotations."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -63,7 +63,10 @@ def pope_task(data: Examples, source: Path, table: SynonymTable) -> Task:
     Raises:
         UserError: when a row has no such answer, or asks about no object of the table or about several.
     """
-    own, samplings = _question_ids(source), tuple(s for s in SAMPLINGS if s in source.name)
+    own, samplings = (
+        _question_ids(source, {example.id for example in data}),
+        tuple(s for s in SAMPLINGS if s in source.name),
+    )
     rows = tqdm(data, desc=f"read {data.name}", unit="row", delay=2, leave=False)
     queries = [_pope_query(example, own.get(example.id, example.id), samplings, table) for example in rows]
     _check_unique(data.name, queries)
@@ -108,7 +111,10 @@ def caption_task(
     for known, number in numbers.items():
         caption = _query(data[number], f"{known}:caption", CAPTION, tuple(truths[known]))
         asked = asked_about(known, caption.truth, objects, counts, questions, seed)
-        queries += [caption, *questions_about(caption, asked, lambda name: question_text.format(with_article(name)))]
+        queries += [
+            caption,
+            *questions_about(caption, asked, lambda name: question_text.replace("{}", with_article(name))),
+        ]
         places += [number] * (1 + len(asked))
     if not queries:
         raise UserError(
@@ -174,12 +180,12 @@ def _query(example: Example, id: str, kind: Any, truth: tuple[str, ...]) -> Quer
     )
 
 
-def _question_ids(source: Path) -> dict[str, str]:
-    """POPE's own numbers of the questions of a file, by the ids of its rows."""
+def _question_ids(source: Path, used: Collection[str]) -> dict[str, str]:
+    """POPE's own numbers of the questions of a file, by the ids of the rows that are used."""
     if source.suffix not in READERS or not source.is_file():
         return {}
     rows = READERS[source.suffix](source)
-    read = {rows.id(i): rows.read(i).get("question_id") for i in range(rows.n)}
+    read = {rows.id(i): rows.read(i).get("question_id") for i in range(rows.n) if rows.id(i) in used}
     return {id: str(number) for id, number in read.items() if number is not None}
 
 
