@@ -11,6 +11,7 @@ from crosslayer.eleuther_options import translate
 from crosslayer.errors import UserError
 from crosslayer.verbs.exchange import export, import_
 from crosslayer.verbs.gathering import capture, respond, store
+from crosslayer.verbs.hallucination import hallucination
 from crosslayer.verbs.looking import evaluate, generate, inspect
 from crosslayer.verbs.tracing import graph
 from crosslayer.verbs.training import demo, train
@@ -24,6 +25,7 @@ VERBS = {
     "evaluate": evaluate,
     "generate": generate,
     "graph": graph,
+    "hallucination": hallucination,
     "respond": respond,
     "import": import_,
     "export": export,

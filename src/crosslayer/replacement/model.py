@@ -84,6 +84,14 @@ def as_text(model: LoadedModel, tokens: Tensor) -> list[str]:
     return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
+def without_end(model: LoadedModel, tokens: Tensor) -> list[list[int]]:
+    """Generated token ids [B, G] without the special ones, the end and padding, that follow the last word."""
+    special = {*getattr(model.processor, "tokenizer", model.processor).all_special_ids}
+    rows: list[list[int]] = tokens.tolist()
+    lengths = [max((i + 1 for i, id in enumerate(row) if id not in special), default=0) for row in rows]
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+
 @torch.no_grad()
 def generate_tokens(model: LoadedModel, examples: list[Example], **sampling: Any) -> Tensor:
     """Generated token ids [B, G]; a prompt that ended earlier is padded on the right."""
