@@ -19,7 +19,14 @@ from crosslayer.data.load import load_data
 from crosslayer.errors import UserError
 from crosslayer.evaluation import Evaluation, evaluate
 from crosslayer.models.load import LoadedModel, load_model
+from crosslayer.replacement.actions import Ablate, Add, Scale, Set
+from crosslayer.replacement.edit_file import EditFile
+from crosslayer.replacement.editing import edited
+from crosslayer.replacement.interventions import Intervention, Steer
 from crosslayer.replacement.model import ReplacementModel
+from crosslayer.replacement.patching import patched
+from crosslayer.replacement.sweep import sweep
+from crosslayer.replacement.where import Everywhere, Part, Positions
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.losses import FVU, KL, CrossEntropy
 from crosslayer.training.optimizers import Adam, Adam8bit, AdamW, Muon
@@ -30,9 +37,11 @@ from crosslayer.workflow import train, train_from_store
 __all__ = [
     "FVU",
     "KL",
+    "Ablate",
     "Adam",
     "Adam8bit",
     "AdamW",
+    "Add",
     "Answering",
     "AttributionGraph",
     "AuxK",
@@ -41,19 +50,27 @@ __all__ = [
     "CrossEntropy",
     "CrossLayerTranscoder",
     "DeadPenalty",
+    "EditFile",
     "Evaluation",
+    "Everywhere",
     "Example",
     "Full",
     "GroupMax",
+    "Intervention",
     "JointTopK",
     "JumpReLU",
     "LoadedModel",
     "LowRank",
     "Muon",
+    "Part",
+    "Positions",
     "ReLU",
     "ReplacementModel",
+    "Scale",
+    "Set",
     "SourceAndTargetTied",
     "SourceTied",
+    "Steer",
     "Store",
     "Target",
     "TargetTied",
@@ -63,10 +80,13 @@ __all__ = [
     "Wiring",
     "attribute",
     "capture",
+    "edited",
     "evaluate",
     "load_data",
     "load_model",
+    "patched",
     "respond",
+    "sweep",
     "train",
     "train_from_store",
 ]

@@ -1,0 +1,236 @@
+"""Delta edits: the model as it is, its MLPs running, plus what a change of features changes of the writes.
+
+To each target t of a source s is added strength x (w(a') - w(a)), where a are the features' activations on the live
+stream, a' what the interventions make of them, and w what features write: the error of the reconstruction is kept, so
+that without a change the model is what it was, bit by bit. Source: "Circuit Tracing" (Anthropic 2025), section
+"Validating attribution graph hypotheses with interventions".
+
+Axes: B prompts, P positions of the pass, D d_model, U features of one layer that are edited, K targets x D.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.models.hooks import adding, changing, reading
+from crosslayer.models.load import LoadedModel
+from crosslayer.models.prompts import Batch
+from crosslayer.replacement.actions import Action
+from crosslayer.replacement.interventions import Edit, Intervention, Steer, check_all
+from crosslayer.replacement.model import check_match
+from crosslayer.replacement.passes import Passes, Places
+from crosslayer.replacement.where import Where
+
+
+@contextmanager
+def edited(
+    model: LoadedModel,
+    coder: CrossLayerTranscoder,
+    edits: Sequence[Edit],
+    *,
+    strength: float = 1.0,
+    batch: Batch | None = None,
+) -> Iterator[None]:
+    """Inside, `model.model` runs with delta edits, in forward passes and `generate` alike; afterwards it is as before.
+
+    Only the layers concerned are touched. Where a feature's activity depends on its own pre-activation alone, only
+    the encoder rows of the features named are computed.
+
+    Args:
+        model: the language model.
+        coder: its transcoder.
+        edits: what to change; several of one feature act one after the other.
+        strength: share of the change that is made; 0 is the model itself.
+        batch: the prompts that will be run, for edits at given answers.
+
+    Raises:
+        UserError: for edits that the model and the transcoder do not have, naming them.
+    """
+    with Deltas(model, coder, [edits], strength, batch).applied():
+        yield
+
+
+class Deltas:
+    """What edits add to the writes of one forward pass.
+
+    Args:
+        model: the language model.
+        coder: its transcoder.
+        sets: one set of edits for all rows, or one for each row of the batch.
+        strength: share of the change.
+        batch: the prompts that will be run, where their answers are given.
+
+    Raises:
+        UserError: for edits that do not fit, or a transcoder of another model.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        coder: CrossLayerTranscoder,
+        sets: Sequence[Sequence[Edit]],
+        strength: float,
+        batch: Batch | None,
+    ):
+        check_match(coder, model.id, model.n_layers, model.d_model, model.sites.read)
+        self.sites, self.strength, self.passes = model.sites, strength, Passes(model, batch)
+        rows = [slice(row, row + 1) for row in range(len(sets))] if len(sets) > 1 else [slice(None)]
+        placed = [(edit, row) for edits, row in zip(sets, rows, strict=True) for edit in edits]
+        check_all([edit for edit, _ in placed], coder)
+        coder.to(model.device)
+        self.features: dict[int, _Features] = {}
+        self.directions: dict[tuple[str, int], _Directions] = {}
+        thresholds = coder.thresholds if coder.thresholds is not None else coder.sparsity.thresholds(coder)
+        for layer in sorted({e.layer for e, _ in placed if isinstance(e, Intervention)}):
+            own = [(e, row) for e, row in placed if isinstance(e, Intervention) and e.layer == layer]
+            self.features[layer] = _Features(coder, layer, own, thresholds)
+        for edit, row in placed:
+            if isinstance(edit, Steer):
+                self.directions.setdefault((edit.site, edit.layer), _Directions([])).steps.append((edit, row))
+        self.written: dict[int, Tensor] = {}
+        self.carried: dict[int, Tensor] = {}
+
+    @property
+    def read_layers(self) -> list[int]:
+        """Layers whose stream is steered as their MLP reads it."""
+        return [layer for site, layer in self.directions if site == "read"]
+
+    @property
+    def targets(self) -> list[int]:
+        """Layers whose writes change."""
+        return sorted({target for _, targets in self.reach() for target in targets})
+
+    def reach(self) -> Iterator[tuple[int, Sequence[int]]]:
+        """Each layer that is edited, and the layers whose writes that changes."""
+        yield from ((layer, own.targets) for layer, own in self.features.items())
+        yield from ((layer, [layer]) for _, layer in self.directions)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the model runs with the edits."""
+        read_layers = self.read_layers
+        readers = [self.sites.layers[layer].reader for layer in read_layers]
+        with (
+            self.passes.followed(),
+            changing(readers, lambda i, x: x + self.steer(read_layers[i], x).to(x)),
+            reading(self.sites, self.read, self.features),
+            adding(self.sites, self.added, self.targets),
+        ):
+            yield
+
+    def steer(self, layer: int, x: Tensor) -> Tensor:
+        """What is added to the stream [B, P, D] that a layer's MLP reads, and kept for what follows."""
+        self.carried[layer] = self._along("read", layer, x)
+        return self.carried[layer]
+
+    def read(self, layer: int, x: Float[Tensor, "B P D"]) -> None:
+        """Compute what the layer's features, changed, write more or less than before."""
+        self.written[layer] = self.strength * self.features[layer].change(x, self.passes.places(x))
+
+    def added(self, layer: int, write: Float[Tensor, "B P D"]) -> Float[Tensor, "B P D"]:
+        """What is added to the write of a layer, once all its sources have been read."""
+        total = torch.zeros_like(write)
+        for source, own in self.features.items():
+            if layer in own.targets:
+                total = total + self.written[source][:, :, own.targets.index(layer)].to(total)
+        if layer in self.carried:
+            total = total + self.carried[layer].to(total)
+        return total + self._along("write", layer, write + total)
+
+    def _along(self, site: str, layer: int, x: Tensor) -> Tensor:
+        if (site, layer) not in self.directions:
+            return torch.zeros_like(x)
+        return self.strength * self.directions[site, layer].change(x, self.passes.places(x))
+
+
+@dataclass
+class _Step:
+    """One action on some features of a layer, in some rows of the batch, at some positions."""
+
+    rows: slice
+    where: Where
+    action: Action
+    features: list[int]
+
+
+class _Features:
+    """The features of one layer that are edited: their encoder rows, write vectors and actions.
+
+    `thresholds` [S, F] decide which are active; None where that takes the whole layer.
+    """
+
+    def __init__(
+        self,
+        coder: CrossLayerTranscoder,
+        layer: int,
+        edits: list[tuple[Intervention, slice]],
+        thresholds: Float[Tensor, "S F"] | None,
+    ):
+        assert coder.input_scale is None, "scales are folded before a transcoder is used"
+        self.coder, self.layer, self.targets = coder, layer, coder.wiring.targets(layer)
+        features = sorted({edit.feature for edit, _ in edits})
+        place = {feature: i for i, feature in enumerate(features)}
+        self.steps: list[_Step] = []
+        for edit, rows in edits:
+            last = self.steps[-1] if self.steps else None
+            same = last is not None and (last.rows, last.where, last.action) == (rows, edit.where, edit.action)
+            if last is not None and same and place[edit.feature] not in last.features:
+                last.features.append(place[edit.feature])
+            else:
+                self.steps.append(_Step(rows, edit.where, edit.action, [place[edit.feature]]))
+        self.of = torch.tensor(features, device=coder.b_dec.device)
+        i = coder.sources.index(layer)
+        self.thresholds = None if thresholds is None else thresholds[i][self.of].detach().clamp_min(0)
+        self.W_enc, self.b_enc = coder.W_enc[i][self.of].detach(), coder.b_enc[i][self.of].detach()
+        self.vectors = coder.decoder.vectors(i, self.of).detach().flatten(1)
+        constants = coder.decoder.constants(i, self.of)
+        self.constants = None if constants is None else constants.detach().flatten(1)
+
+    def change(self, x: Float[Tensor, "B P D"], places: Places) -> Float[Tensor, "B P T D"]:
+        """What the features write to each target after the actions, less what they write as it is."""
+        acts = self.activations(x.to(self.b_enc))
+        acts = acts.masked_fill(places.first.to(acts.device)[:, :, None], 0.0)
+        new = acts.clone()
+        for step in self.steps:
+            mask, part = _mask(step.where, places, new.device)[step.rows, :, None], new[step.rows]
+            old = part[:, :, step.features]
+            part[:, :, step.features] = torch.where(mask, step.action(old), old)
+        out = (new - acts) @ self.vectors
+        if self.constants is not None:
+            out = out + ((new > 0).to(out) - (acts > 0).to(out)) @ self.constants
+        return out.unflatten(2, (len(self.targets), -1))
+
+    def activations(self, x: Float[Tensor, "B P D"]) -> Float[Tensor, "B P U"]:
+        """Of the features edited, as in the replacement model, first positions included."""
+        if self.thresholds is None:
+            return self.coder.encode_layer(self.layer, x.flatten(0, 1)).dense()[:, self.of].unflatten(0, x.shape[:2])
+        normed = x if self.coder.input_norm is None else self.coder.input_norm(x)
+        pre = normed @ self.W_enc.T + self.b_enc
+        return pre * (pre > self.thresholds)
+
+
+@dataclass
+class _Directions:
+    """The directions that one site is steered along."""
+
+    steps: list[tuple[Steer, slice]]
+
+    def change(self, x: Float[Tensor, "B P D"], places: Places) -> Float[Tensor, "B P D"]:
+        """What they add to x, one after the other, at full strength; in float32 at least."""
+        before = x.to(torch.promote_types(x.dtype, torch.float32))
+        after = before.clone()
+        for steer, rows in self.steps:
+            vector = steer.vector.to(after)
+            mask, part = _mask(steer.where, places, x.device)[rows], after[rows]
+            along = part @ vector / vector.square().sum()
+            part += torch.where(mask, steer.action(along) - along, 0.0)[:, :, None] * vector
+        return after - before
+
+
+def _mask(where: Where, places: Places, device: torch.device) -> Bool[Tensor, "B P"]:
+    return where.mask(places).to(device) & ~places.first.to(device)
