@@ -11,20 +11,21 @@ Axes: B prompts, P positions of the pass, D d_model, U features of one layer tha
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from crosslayer.coders.transcoder import CrossLayerTranscoder
-from crosslayer.models.hooks import adding, changing, reading
+from crosslayer.models.hooks import adding, before_forward, changing, reading
 from crosslayer.models.load import LoadedModel
 from crosslayer.models.prompts import Batch
 from crosslayer.replacement.actions import Action
 from crosslayer.replacement.interventions import Edit, Intervention, Steer, check_all
 from crosslayer.replacement.model import check_match
-from crosslayer.replacement.passes import Passes, Places
-from crosslayer.replacement.where import Where
+from crosslayer.replacement.passes import Passes
+from crosslayer.replacement.where import Everywhere, Where
 
 
 @contextmanager
@@ -78,7 +79,7 @@ class Deltas:
         batch: Batch | None,
     ):
         check_match(coder, model.id, model.n_layers, model.d_model, model.sites.read)
-        self.sites, self.strength, self.passes = model.sites, strength, Passes(model, batch)
+        self.model, self.strength, self.passes = model, strength, Passes(model, batch)
         rows = [slice(row, row + 1) for row in range(len(sets))] if len(sets) > 1 else [slice(None)]
         placed = [(edit, row) for edits, row in zip(sets, rows, strict=True) for edit in edits]
         check_all([edit for edit, _ in placed], coder)
@@ -92,8 +93,8 @@ class Deltas:
         for edit, row in placed:
             if isinstance(edit, Steer):
                 self.directions.setdefault((edit.site, edit.layer), _Directions([])).steps.append((edit, row))
-        self.written: dict[int, Tensor] = {}
-        self.carried: dict[int, Tensor] = {}
+        self.place = {target: place for place, target in enumerate(self.targets)}
+        self.total: Tensor | None = None
 
     @property
     def read_layers(self) -> list[int]:
@@ -113,39 +114,50 @@ class Deltas:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the model runs with the edits."""
-        read_layers = self.read_layers
-        readers = [self.sites.layers[layer].reader for layer in read_layers]
+        sites, read_layers = self.model.sites, self.read_layers
+        readers = [sites.layers[layer].reader for layer in read_layers]
         with (
-            self.passes.followed(),
-            changing(readers, lambda i, x: x + self.steer(read_layers[i], x).to(x)),
-            reading(self.sites, self.read, self.features),
-            adding(self.sites, self.added, self.targets),
+            self.followed(),
+            changing(readers, lambda i, x: x + self.steer(read_layers[i], x)),
+            reading(sites, self.read, self.features),
+            adding(sites, self.added, self.targets),
         ):
             yield
 
-    def steer(self, layer: int, x: Tensor) -> Tensor:
-        """What is added to the stream [B, P, D] that a layer's MLP reads, and kept for what follows."""
-        self.carried[layer] = self._along("read", layer, x)
-        return self.carried[layer]
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """Inside, every forward pass is followed, and begins with nothing to add."""
+        with self.passes.followed(), before_forward(self.model.speaker, self._start):
+            yield
+
+    def _start(self, _: dict[str, Any]) -> None:
+        self.total = None
+
+    def steer(self, layer: int, x: Float[Tensor, "B P D"]) -> Float[Tensor, "B P D"]:
+        """What is added to the stream that a layer's MLP reads; its write takes it on to what follows."""
+        more = self.strength * self.directions["read", layer].change(x, self.passes)
+        self._so_far(x)[:, :, self.place[layer]] += more
+        return more.to(x)
 
     def read(self, layer: int, x: Float[Tensor, "B P D"]) -> None:
-        """Compute what the layer's features, changed, write more or less than before."""
-        self.written[layer] = self.strength * self.features[layer].change(x, self.passes.places(x))
+        """Add up what the layer's features, changed, write more or less than before."""
+        own, total = self.features[layer], self._so_far(x)
+        first = self.place[own.targets[0]]
+        total[:, :, first : first + len(own.targets)] += self.strength * own.change(x, self.passes).to(total)
 
     def added(self, layer: int, write: Float[Tensor, "B P D"]) -> Float[Tensor, "B P D"]:
         """What is added to the write of a layer, once all its sources have been read."""
-        total = torch.zeros_like(write)
-        for source, own in self.features.items():
-            if layer in own.targets:
-                total = total + self.written[source][:, :, own.targets.index(layer)].to(total)
-        if layer in self.carried:
-            total = total + self.carried[layer].to(total)
-        return total + self._along("write", layer, write + total)
+        more = self._so_far(write)[:, :, self.place[layer]].to(write)
+        if ("write", layer) in self.directions:
+            more = more + self.strength * self.directions["write", layer].change(write + more, self.passes)
+        return more
 
-    def _along(self, site: str, layer: int, x: Tensor) -> Tensor:
-        if (site, layer) not in self.directions:
-            return torch.zeros_like(x)
-        return self.strength * self.directions[site, layer].change(x, self.passes.places(x))
+    def _so_far(self, x: Float[Tensor, "B P D"]) -> Float[Tensor, "B P T D"]:
+        """What is added to each target, as far as this pass has come; in float32 at least."""
+        if self.total is None:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            self.total = x.new_zeros(*x.shape[:2], len(self.place), x.shape[2], dtype=dtype)
+        return self.total
 
 
 @dataclass
@@ -155,7 +167,8 @@ class _Step:
     rows: slice
     where: Where
     action: Action
-    features: list[int]
+    columns: list[int]
+    """Of the features among those edited."""
 
 
 class _Features:
@@ -179,8 +192,8 @@ class _Features:
         for edit, rows in edits:
             last = self.steps[-1] if self.steps else None
             same = last is not None and (last.rows, last.where, last.action) == (rows, edit.where, edit.action)
-            if last is not None and same and place[edit.feature] not in last.features:
-                last.features.append(place[edit.feature])
+            if last is not None and same and place[edit.feature] not in last.columns:
+                last.columns.append(place[edit.feature])
             else:
                 self.steps.append(_Step(rows, edit.where, edit.action, [place[edit.feature]]))
         self.of = torch.tensor(features, device=coder.b_dec.device)
@@ -191,15 +204,15 @@ class _Features:
         constants = coder.decoder.constants(i, self.of)
         self.constants = None if constants is None else constants.detach().flatten(1)
 
-    def change(self, x: Float[Tensor, "B P D"], places: Places) -> Float[Tensor, "B P T D"]:
+    def change(self, x: Float[Tensor, "B P D"], passes: Passes) -> Float[Tensor, "B P T D"]:
         """What the features write to each target after the actions, less what they write as it is."""
         acts = self.activations(x.to(self.b_enc))
-        acts = acts.masked_fill(places.first.to(acts.device)[:, :, None], 0.0)
+        acts = acts * passes.mask(Everywhere(), acts)[:, :, None]
         new = acts.clone()
         for step in self.steps:
-            mask, part = _mask(step.where, places, new.device)[step.rows, :, None], new[step.rows]
-            old = part[:, :, step.features]
-            part[:, :, step.features] = torch.where(mask, step.action(old), old)
+            mask, part = passes.mask(step.where, new)[step.rows, :, None], new[step.rows]
+            old = part[:, :, step.columns]
+            part[:, :, step.columns] = torch.where(mask, step.action(old), old)
         out = (new - acts) @ self.vectors
         if self.constants is not None:
             out = out + ((new > 0).to(out) - (acts > 0).to(out)) @ self.constants
@@ -220,17 +233,13 @@ class _Directions:
 
     steps: list[tuple[Steer, slice]]
 
-    def change(self, x: Float[Tensor, "B P D"], places: Places) -> Float[Tensor, "B P D"]:
+    def change(self, x: Float[Tensor, "B P D"], passes: Passes) -> Float[Tensor, "B P D"]:
         """What they add to x, one after the other, at full strength; in float32 at least."""
         before = x.to(torch.promote_types(x.dtype, torch.float32))
         after = before.clone()
         for steer, rows in self.steps:
             vector = steer.vector.to(after)
-            mask, part = _mask(steer.where, places, x.device)[rows], after[rows]
+            mask, part = passes.mask(steer.where, x)[rows], after[rows]
             along = part @ vector / vector.square().sum()
             part += torch.where(mask, steer.action(along) - along, 0.0)[:, :, None] * vector
         return after - before
-
-
-def _mask(where: Where, places: Places, device: torch.device) -> Bool[Tensor, "B P"]:
-    return where.mask(places).to(device) & ~places.first.to(device)

@@ -5,34 +5,17 @@ Axes: B prompts, P positions of the pass, W all positions so far, cached ones co
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from crosslayer.models.hooks import before_forward, shadowing
 from crosslayer.models.load import LoadedModel
 from crosslayer.models.prompts import Batch
-
-
-@dataclass(frozen=True)
-class Places:
-    """What is known of each position of one forward pass."""
-
-    position: Int[Tensor, "B P"]
-    """In its prompt, padding not counted, generated tokens counted on; what it says of padding does not matter."""
-    image: Bool[Tensor, "B P"] | None
-    """True at image patches; None where the pass does not show them."""
-    answer: Bool[Tensor, "B P"] | None
-    """True at tokens of the answer, generated or given; None where no answer is known of."""
-
-    @property
-    def first(self) -> Bool[Tensor, "B P"]:
-        """The positions that begin a prompt: they have no features."""
-        return self.position == 0
+from crosslayer.replacement.where import Places, Where
 
 
 class Passes:
@@ -49,6 +32,7 @@ class Passes:
         self.drops_positions = bool(getattr(text, "num_kv_shared_layers", 0))
         self.kwargs: dict[str, Any] = {}
         self._places: Places | None = None
+        self._masks: dict[Where, Tensor] = {}
         self.past = 0
         self.generating, self.prompt = False, 0
 
@@ -75,11 +59,22 @@ class Passes:
             kwargs.pop("logits_to_keep", None)
         cache = kwargs.get("past_key_values")
         self.past = cache.get_seq_length() if cache is not None else 0
-        self._places = None
+        self._places, self._masks = None, {}
         self.kwargs = {name: kwargs.get(name) for name in ("attention_mask", "position_ids", "input_ids")}
 
-    def places(self, x: Tensor) -> Places:
-        """Of the present pass, whose stream x is [B, P, D]."""
+    def mask(self, where: Where, x: Float[Tensor, "B P D"]) -> Bool[Tensor, "B P"]:
+        """Where in the present pass, whose stream is x; never where a prompt begins.
+
+        Raises:
+            UserError: where the pass does not show what is asked for.
+        """
+        if where not in self._masks:
+            places = self.places(x)
+            self._masks[where] = where.mask(places).to(x.device) & ~places.first.to(x.device)
+        return self._masks[where].to(x.device)
+
+    def places(self, x: Float[Tensor, "B P D"]) -> Places:
+        """Of the present pass, whose stream is x."""
         if self._places is None:
             B, P = x.shape[:2]
             self._places = Places(self._position(B, P), self._image(B, P), self._answer(B, P))

@@ -57,7 +57,7 @@ def patched(
     plain = _writes(model, deltas, batch)
     totals = {t: plain[t] + (deltas.added(t, plain[t]) if t in deltas.targets else 0.0) for t in held}
     others = [layer for layer in range(model.n_layers) if layer not in held]
-    with deltas.passes.followed(), replacing(model.sites, totals.__getitem__, others):
+    with replacing(model.sites, totals.__getitem__, others):
         return model.model(**batch.inputs, use_cache=False).logits
 
 
@@ -71,7 +71,7 @@ def _writes(model: LoadedModel, deltas: Deltas, batch: Batch) -> dict[int, Tenso
             deltas.read(layer, x)
 
     with (
-        deltas.passes.followed(),
+        deltas.followed(),
         entering(readers, lambda i, x: deltas.steer(deltas.read_layers[i], x)),
         recording(model.sites, read, lambda layer, y: writes.__setitem__(layer, y.clone())),
     ):

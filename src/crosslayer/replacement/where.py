@@ -4,13 +4,29 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from crosslayer.errors import UserError
-from crosslayer.replacement.passes import Places
 
 PARTS = ("image", "text", "answer")
+
+
+@dataclass(frozen=True)
+class Places:
+    """What is known of each position of one forward pass."""
+
+    position: Int[Tensor, "B P"]
+    """In its prompt, padding not counted, generated tokens counted on; what it says of padding does not matter."""
+    image: Bool[Tensor, "B P"] | None
+    """True at image patches; None where the pass does not show them."""
+    answer: Bool[Tensor, "B P"] | None
+    """True at tokens of the answer, generated or given; None where no answer is known of."""
+
+    @property
+    def first(self) -> Bool[Tensor, "B P"]:
+        """The positions that begin a prompt: they have no features."""
+        return self.position == 0
 
 
 @runtime_checkable
