@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import linear
 
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.models.hooks import adding, before_forward, changing, reading
@@ -211,8 +212,9 @@ class _Features:
         new = acts.clone()
         for step in self.steps:
             mask, part = passes.mask(step.where, new)[step.rows, :, None], new[step.rows]
-            old = part[:, :, step.columns]
-            part[:, :, step.columns] = torch.where(mask, step.action(old), old)
+            columns = slice(None) if len(step.columns) == len(self.of) else step.columns
+            old = part[:, :, columns]
+            part[:, :, columns] = torch.where(mask, step.action(old), old)
         out = (new - acts) @ self.vectors
         if self.constants is not None:
             out = out + ((new > 0).to(out) - (acts > 0).to(out)) @ self.constants
@@ -223,7 +225,7 @@ class _Features:
         if self.thresholds is None:
             return self.coder.encode_layer(self.layer, x.flatten(0, 1)).dense()[:, self.of].unflatten(0, x.shape[:2])
         normed = x if self.coder.input_norm is None else self.coder.input_norm(x)
-        pre = normed @ self.W_enc.T + self.b_enc
+        pre = linear(normed, self.W_enc, self.b_enc)
         return pre * (pre > self.thresholds)
 
 
