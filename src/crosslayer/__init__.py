@@ -25,7 +25,7 @@ from crosslayer.replacement.editing import edited
 from crosslayer.replacement.interventions import Intervention, Steer
 from crosslayer.replacement.model import ReplacementModel
 from crosslayer.replacement.patching import patched
-from crosslayer.replacement.sweep import sweep
+from crosslayer.replacement.sweeping import sweep
 from crosslayer.replacement.where import Everywhere, Part, Positions
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.losses import FVU, KL, CrossEntropy

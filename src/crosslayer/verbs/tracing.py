@@ -1,18 +1,23 @@
 """The verb that traces a prompt: graph."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
 from crosslayer.attribution.attribute import Budget, attribute
+from crosslayer.attribution.faithfulness import faithfulness
 from crosslayer.attribution.figure import write_figure
 from crosslayer.attribution.graph import AttributionGraph
 from crosslayer.attribution.summary import summary
+from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.data.examples import Example
 from crosslayer.errors import UserError
 from crosslayer.formats.circuit_tracer_graph import write_circuit_tracer_graph
 from crosslayer.model_options import AS_IT_IS
+from crosslayer.models.prompts import prepare
 from crosslayer.verbs.arguments import Loading, OtherModel, Overwrite, Plain, Run, load_run
+from crosslayer.verbs.checking import check_paths, report_check
 
 
 def graph(
@@ -40,6 +45,10 @@ def graph(
     ] = None,
     node_threshold: Annotated[float, arg(help="Share of influence that the features shown carry.")] = 0.8,
     edge_threshold: Annotated[float, arg(help="Share of influence that the edges shown carry.")] = 0.98,
+    check: Annotated[
+        bool, arg(help="Ablate the most influential features and compare: GRAPH.check.json, GRAPH.check.png.")
+    ] = False,
+    beside: Annotated[str | None, arg(help="With --check: another run, a PLT for one, to check beside.")] = None,
     circuit_tracer: Annotated[Path | None, arg(help="Folder for the pruned graph in circuit-tracer's form.")] = None,
     model: OtherModel = None,
     overwrite: Overwrite = False,
@@ -49,21 +58,33 @@ def graph(
     if out.suffix != ".json":
         raise UserError(f"{out}: a graph's file name ends in .json")
     page = out.with_suffix(".html")
-    for path in (out, page):
+    if beside is not None and not check:
+        raise UserError(f"--beside {beside} is given without --check; add it")
+    for path in (out, page, *(check_paths(out) if check else ())):
         if path.exists() and not overwrite:
             raise UserError(f"{path}: already exists; choose another name or add --overwrite")
     coder, loaded = load_run(run, model, loading)
-    budget = Budget(features=max_features, seconds=max_seconds, positions=max_positions)
-    found = attribute(
-        loaded, coder, prompt, image, response=response, token=token, form="text" if plain else "chat",
-        targets=target, probability=probability, at_most=logits, budget=budget, pool_patches=pool_patches, run=run,
-    )  # fmt: skip
+    form = "text" if plain else "chat"
+    settings: dict[str, Any] = {
+        "response": response, "token": token, "form": form, "targets": target, "probability": probability,
+        "at_most": logits, "pool_patches": pool_patches,
+        "budget": Budget(features=max_features, seconds=max_seconds, positions=max_positions),
+    }  # fmt: skip
+    found = attribute(loaded, coder, prompt, image, **settings, run=run)
     pruned = found.prune(node_threshold, edge_threshold)
     found.save(out)
     write_figure(pruned, page)
     if circuit_tracer is not None:
         write_circuit_tracer_graph(pruned, circuit_tracer, slug=out.stem, node_threshold=node_threshold)
     print(f"{_whole(found)}\n\npruned, as shown in {page}:\n{summary(pruned)}")
+    if check:
+        checked = [(coder, found)]
+        if beside is not None:
+            other = CrossLayerTranscoder.load(beside)
+            checked.append((other, attribute(loaded, other, prompt, image, **settings, run=beside)))
+        batch = prepare(loaded.model, loaded.processor, [Example("prompt", prompt, response, image=image, form=form)])
+        checks = [faithfulness(loaded, coder, graph, batch) for coder, graph in checked]
+        print(f"\n{report_check(checks, prompt, out)}")
 
 
 def _whole(found: AttributionGraph) -> str:

@@ -46,17 +46,17 @@ def sweep(
     logits = []
     for start in tqdm(range(0, len(sets), at_once), unit="batch", desc="sweep", disable=None, leave=False):
         some = sets[start : start + at_once]
-        copies = _copies(batch, len(some))
-        with Deltas(model, coder, some, strength, copies).applied():
-            logits.append(model.model(**copies.inputs, use_cache=False).logits[:, position])
+        many = copies(batch, len(some))
+        with Deltas(model, coder, some, strength, many).applied():
+            logits.append(model.model(**many.inputs, use_cache=False).logits[:, position])
     return torch.cat(logits)
 
 
-def _copies(batch: Batch, n: int) -> Batch:
+def copies(batch: Batch, n: int) -> Batch:
     """A batch of one prompt, n times; the parts of its picture follow one another as in any batch."""
 
-    def many(value: object) -> object:
+    def repeated(value: object) -> object:
         return value.repeat(n, *[1] * (value.dim() - 1)) if isinstance(value, Tensor) else value
 
     masks = {name: getattr(batch, name).expand(n, -1) for name in ("tokens", "attention", "image", "response")}
-    return replace(batch, inputs={name: many(value) for name, value in batch.inputs.items()}, **masks)
+    return replace(batch, inputs={name: repeated(value) for name, value in batch.inputs.items()}, **masks)
