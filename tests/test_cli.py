@@ -132,6 +132,20 @@ def test_what_a_graph_cannot_be_made_of_is_said_in_one_line(run, traced_run, lla
     )
 
 
+def test_a_graph_is_checked_beside_another_run(run, train, tmp_path):
+    train()
+    train("--span", 1, out="plt")
+    command = ["graph", tmp_path / "run", "--prompt", "is there a cat and", "--out", tmp_path / "graph.json"]
+    check_refused(run(*command, "--beside", tmp_path / "plt"), "--beside", "without --check")
+    code, out, _ = run(*command, "--check", "--beside", tmp_path / "plt")
+    assert code == 0
+    assert "direct edge under freeze, worst gap" in out
+    record = json.loads((tmp_path / "graph.check.json").read_text())
+    assert [check["run"] for check in record["checks"]] == [str(tmp_path / "run"), str(tmp_path / "plt")]
+    assert all(check["worst_frozen_gap"] < 1e-3 for check in record["checks"])
+    assert (tmp_path / "graph.check.png").exists()
+
+
 def test_inspect_prints_sites_gaps_and_wiring(run, llava_folder):
     code, out, _ = run("inspect", llava_folder, "--span", 2)
     assert code == 0

@@ -9,7 +9,8 @@ For the features with the most influence, three predictions of what ablating one
 
 And two measurements: **frozen**, in the local replacement model with everything held, which must be the direct edge;
 and **live**, by a delta edit of the model as it is. The effect of other active features of the same layers and
-positions, drawn at random, is beside it. Source: "Circuit Tracing" (Anthropic 2025), section "Evaluating mechanistic faithfulness".
+positions, drawn at random, is beside it. Source: "Circuit Tracing" (Anthropic 2025), section "Evaluating mechanistic
+faithfulness".
 
 Axes: N nodes, V vocabulary, P positions, D d_model, L layers.
 """

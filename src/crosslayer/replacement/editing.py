@@ -5,28 +5,25 @@ stream, a' what the interventions make of them, and w what features write: the e
 that without a change the model is what it was, bit by bit. Source: "Circuit Tracing" (Anthropic 2025), section
 "Validating attribution graph hypotheses with interventions".
 
-Axes: B prompts, P positions of the pass, D d_model, U features of one layer that are edited, K targets x D.
+Axes: B prompts, P positions of the pass, D d_model, T layers whose writes change.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import linear
 
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.models.hooks import adding, before_forward, changing, reading
 from crosslayer.models.load import LoadedModel
 from crosslayer.models.prompts import Batch
-from crosslayer.replacement.actions import Action
+from crosslayer.replacement.changes import DirectionEdits, FeatureEdits
 from crosslayer.replacement.interventions import Edit, Intervention, Steer, check_all
 from crosslayer.replacement.model import check_match
 from crosslayer.replacement.passes import Passes
-from crosslayer.replacement.where import Everywhere, Where
 
 
 @contextmanager
@@ -85,15 +82,15 @@ class Deltas:
         placed = [(edit, row) for edits, row in zip(sets, rows, strict=True) for edit in edits]
         check_all([edit for edit, _ in placed], coder)
         coder.to(model.device)
-        self.features: dict[int, _Features] = {}
-        self.directions: dict[tuple[str, int], _Directions] = {}
+        self.features: dict[int, FeatureEdits] = {}
+        self.directions: dict[tuple[str, int], DirectionEdits] = {}
         thresholds = coder.thresholds if coder.thresholds is not None else coder.sparsity.thresholds(coder)
         for layer in sorted({e.layer for e, _ in placed if isinstance(e, Intervention)}):
             own = [(e, row) for e, row in placed if isinstance(e, Intervention) and e.layer == layer]
-            self.features[layer] = _Features(coder, layer, own, thresholds)
+            self.features[layer] = FeatureEdits(coder, layer, own, thresholds)
         for edit, row in placed:
             if isinstance(edit, Steer):
-                self.directions.setdefault((edit.site, edit.layer), _Directions([])).steps.append((edit, row))
+                self.directions.setdefault((edit.site, edit.layer), DirectionEdits([])).steps.append((edit, row))
         self.place = {target: place for place, target in enumerate(self.targets)}
         self.total: Tensor | None = None
 
@@ -159,89 +156,3 @@ class Deltas:
             dtype = torch.promote_types(x.dtype, torch.float32)
             self.total = x.new_zeros(*x.shape[:2], len(self.place), x.shape[2], dtype=dtype)
         return self.total
-
-
-@dataclass
-class _Step:
-    """One action on some features of a layer, in some rows of the batch, at some positions."""
-
-    rows: slice
-    where: Where
-    action: Action
-    columns: list[int]
-    """Of the features among those edited."""
-
-
-class _Features:
-    """The features of one layer that are edited: their encoder rows, write vectors and actions.
-
-    `thresholds` [S, F] decide which are active; None where that takes the whole layer.
-    """
-
-    def __init__(
-        self,
-        coder: CrossLayerTranscoder,
-        layer: int,
-        edits: list[tuple[Intervention, slice]],
-        thresholds: Float[Tensor, "S F"] | None,
-    ):
-        assert coder.input_scale is None, "scales are folded before a transcoder is used"
-        self.coder, self.layer, self.targets = coder, layer, coder.wiring.targets(layer)
-        features = sorted({edit.feature for edit, _ in edits})
-        place = {feature: i for i, feature in enumerate(features)}
-        self.steps: list[_Step] = []
-        for edit, rows in edits:
-            last = self.steps[-1] if self.steps else None
-            same = last is not None and (last.rows, last.where, last.action) == (rows, edit.where, edit.action)
-            if last is not None and same and place[edit.feature] not in last.columns:
-                last.columns.append(place[edit.feature])
-            else:
-                self.steps.append(_Step(rows, edit.where, edit.action, [place[edit.feature]]))
-        self.of = torch.tensor(features, device=coder.b_dec.device)
-        i = coder.sources.index(layer)
-        self.thresholds = None if thresholds is None else thresholds[i][self.of].detach().clamp_min(0)
-        self.W_enc, self.b_enc = coder.W_enc[i][self.of].detach(), coder.b_enc[i][self.of].detach()
-        self.vectors = coder.decoder.vectors(i, self.of).detach().flatten(1)
-        constants = coder.decoder.constants(i, self.of)
-        self.constants = None if constants is None else constants.detach().flatten(1)
-
-    def change(self, x: Float[Tensor, "B P D"], passes: Passes) -> Float[Tensor, "B P T D"]:
-        """What the features write to each target after the actions, less what they write as it is."""
-        acts = self.activations(x.to(self.b_enc))
-        acts = acts * passes.mask(Everywhere(), acts)[:, :, None]
-        new = acts.clone()
-        for step in self.steps:
-            mask, part = passes.mask(step.where, new)[step.rows, :, None], new[step.rows]
-            columns = slice(None) if len(step.columns) == len(self.of) else step.columns
-            old = part[:, :, columns]
-            part[:, :, columns] = torch.where(mask, step.action(old), old)
-        out = (new - acts) @ self.vectors
-        if self.constants is not None:
-            out = out + ((new > 0).to(out) - (acts > 0).to(out)) @ self.constants
-        return out.unflatten(2, (len(self.targets), -1))
-
-    def activations(self, x: Float[Tensor, "B P D"]) -> Float[Tensor, "B P U"]:
-        """Of the features edited, as in the replacement model, first positions included."""
-        if self.thresholds is None:
-            return self.coder.encode_layer(self.layer, x.flatten(0, 1)).dense()[:, self.of].unflatten(0, x.shape[:2])
-        normed = x if self.coder.input_norm is None else self.coder.input_norm(x)
-        pre = linear(normed, self.W_enc, self.b_enc)
-        return pre * (pre > self.thresholds)
-
-
-@dataclass
-class _Directions:
-    """The directions that one site is steered along."""
-
-    steps: list[tuple[Steer, slice]]
-
-    def change(self, x: Float[Tensor, "B P D"], passes: Passes) -> Float[Tensor, "B P D"]:
-        """What they add to x, one after the other, at full strength; in float32 at least."""
-        before = x.to(torch.promote_types(x.dtype, torch.float32))
-        after = before.clone()
-        for steer, rows in self.steps:
-            vector = steer.vector.to(after)
-            mask, part = passes.mask(steer.where, x)[rows], after[rows]
-            along = part @ vector / vector.square().sum()
-            part += torch.where(mask, steer.action(along) - along, 0.0)[:, :, None] * vector
-        return after - before

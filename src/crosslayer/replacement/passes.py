@@ -1,6 +1,6 @@
 """Where the tokens of a forward pass stand in their prompts: padded on the left, cached, or being generated.
 
-Axes: B prompts, P positions of the pass, W all positions so far, cached ones counted.
+Axes: B prompts, P positions of the pass, D d_model.
 """
 
 from collections.abc import Iterator
@@ -96,7 +96,7 @@ class Passes:
 
     def _answer(self, B: int, P: int) -> Tensor | None:
         if self.generating:
-            self.prompt = self.prompt or P  # the first pass is the prompt
+            self.prompt = self.prompt or self.past + P  # the first pass is the prompt
             return (torch.arange(self.past, self.past + P) >= self.prompt).expand(B, P)
         if self.batch is not None and self.batch.response.shape == (B, self.past + P):
             return self.batch.response[:, self.past :]
