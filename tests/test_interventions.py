@@ -1,9 +1,12 @@
 """Interventions: edits equal a forward pass by hand, in any batch and any cache, and change nothing else."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import crosslayer as xl
 from crosslayer import (
@@ -341,3 +344,13 @@ def test_nothing_is_left_after_use_or_an_exception(llama, coder):
     assert traces(llama.model) == before
     assert "generate" not in vars(llama.model)
     assert torch.equal(llama.model(**batch.inputs).logits, logits)
+
+
+def test_the_examples_of_the_docs_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    finished_coder(Wiring.full(10), D=128).save("runs/clt")
+    Image.new("RGB", (48, 48), "teal").save("scene.png")
+    page = Path(__file__).parent.parent / "docs" / "interventions.md"
+    examples = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    exec(compile("\n".join(examples), str(page), "exec"), {})
+    assert capsys.readouterr().out.count("['") == 3
