@@ -33,9 +33,11 @@ from crosslayer import (
 )
 from crosslayer.coders.codes import DenseCodes
 from crosslayer.coders.input_norm import LayerNorm
+from crosslayer.models.hooks import recording
 from crosslayer.replacement.model import continuation
 from crosslayer.zoo.emoji_llava.architecture import WORDS
 from making import finished_coder, random_coder, text_examples, traces
+from test_local import loaded, prompt_of
 from test_replacement import batch_of, pictured
 
 EDITS = (
@@ -214,6 +216,29 @@ def test_cached_generation_is_uncached_generation_and_padding_does_not_matter(ki
             alone = continuation(model, batch_of(model, [example]), **settings, **cache)[0]
             assert torch.equal(row[: len(alone)], alone)
     assert not torch.equal(cached, continuation(model, batch, **settings, **cache))
+
+
+@pytest.mark.parametrize(
+    "name", ["bloom", "cohere", "falcon", "gemma4_text", "gpt2", "gpt_oss", "granite", "llama4_text", "olmo2", "opt"]
+)
+def test_writes_of_every_kind_of_layer_get_what_is_added_and_no_more(name):
+    model = loaded(name)
+    vector, writes = torch.linspace(-1, 1, model.d_model), {}
+    edit, coder = Steer(layer=1, vector=vector, action=Add(2.0)), finished_coder(Wiring.full(2), D=model.d_model)
+    silent = [Intervention(layer=0, feature=0, action=Ablate()), edit]
+    batch = prompt_of(model)
+    with torch.no_grad():
+        with recording(model.sites, lambda *_: None, lambda layer, y: writes.setdefault((layer, 0), y.clone())):
+            plain = model.model(**batch.inputs).logits
+        assert torch.equal(logits_of(model, batch, coder, silent, strength=0.0), plain)
+        with (
+            xl.edited(model, coder, [edit]),
+            recording(model.sites, lambda *_: None, lambda layer, y: writes.setdefault((layer, 1), y.clone())),
+        ):
+            model.model(**batch.inputs)
+    added = torch.where(batch.position[..., None] > 0, 2 * vector, 0.0)
+    torch.testing.assert_close(writes[0, 1], writes[0, 0])
+    torch.testing.assert_close(writes[1, 1] - writes[1, 0], added.to(writes[1, 0]), atol=1e-5, rtol=1e-5)
 
 
 def test_parts_are_those_of_the_batch(llava, coder):

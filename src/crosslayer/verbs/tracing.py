@@ -60,6 +60,8 @@ def graph(
     page = out.with_suffix(".html")
     if beside is not None and not check:
         raise UserError(f"--beside {beside} is given without --check; add it")
+    if check and pool_patches is not None:
+        raise UserError(f"--check ablates single features, --pool-patches {pool_patches} pools them; leave one out")
     for path in (out, page, *(check_paths(out) if check else ())):
         if path.exists() and not overwrite:
             raise UserError(f"{path}: already exists; choose another name or add --overwrite")
