@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from math import nan
-from typing import Any
 
 import torch
 from torch import Tensor

@@ -17,11 +17,11 @@ import numpy as np
 
 from crosslayer.attribution.contrast import Contrast, contrast
 from crosslayer.attribution.intervals import means
+from crosslayer.attribution.listing import write_rows
 from crosslayer.attribution.roles import Role
 from crosslayer.attribution.tables import Table, tables
 from crosslayer.attribution.tally import Tally
 from crosslayer.errors import UserError
-from crosslayer.attribution.listing import write_rows
 from crosslayer.files import nulls, write_text
 from crosslayer.metrics import Figure
 

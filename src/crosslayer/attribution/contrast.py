@@ -20,7 +20,7 @@ from scipy.stats import false_discovery_control, mannwhitneyu
 from crosslayer.attribution.intervals import differences
 from crosslayer.attribution.listing import write_rows
 from crosslayer.attribution.roles import Role
-from crosslayer.attribution.tables import Dense, Table, tables
+from crosslayer.attribution.tables import Table, tables
 from crosslayer.attribution.tally import Tally
 from crosslayer.files import nulls, write_text
 from crosslayer.metrics import Figure
@@ -55,8 +55,8 @@ class Change:
     """Share of the graphs that have the node; of an edge, share of the circuits that do."""
     active_there: float
     change: str
-    """`gained` or `lost` influence with q of at most 5 %, `appeared` or `suppressed` where in addition it is active in at
-    most half as large a share of the other set's (of this set's) graphs; empty otherwise."""
+    """`gained` or `lost` influence with q of at most 5 %; `appeared` or `suppressed` where it is also active in at most
+    half as large a share of the other set's, or of this set's, graphs; empty otherwise."""
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,9 @@ class Table:
     """1 where the graph's circuit has it."""
 
     def kept_by(self, n_graphs: float) -> Int[np.ndarray, " S"]:
-        """The columns that the circuits of at least so many graphs have, and that do something in any."""
+        """The columns that the circuits of at least so many graphs, and of any, have."""
         graphs = self.kept.sum(0)
-        moves = abs(self.influence).sum(0) + abs(self.effect).sum(0)
-        return np.flatnonzero((graphs > 0) & (graphs >= n_graphs - 1e-9) & (moves > 0))
+        return np.flatnonzero((graphs > 0) & (graphs >= n_graphs - 1e-9))
 
     def columns(self, chosen: Int[np.ndarray, " S"]) -> "Dense":
         """Some columns."""

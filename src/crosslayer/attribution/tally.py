@@ -54,7 +54,7 @@ class Tally:
     influence: Float[np.ndarray, " R"]
     effect: Float[np.ndarray, " R"]
     kept: Bool[np.ndarray, " R"]
-    """Whether a node of this role is in the graph's circuit."""
+    """Whether a node of this role is in the graph's circuit; never so for biases, which have no influence."""
     source: Int[np.ndarray, " E"]
     """Index into `roles`."""
     target: Int[np.ndarray, " E"]
@@ -118,7 +118,7 @@ def tally(
         roles=tuple(place),
         influence=sums(number, influence.node, R),
         effect=sums(number, effect.node, R),
-        kept=sums(number, chosen.nodes.astype(float), R) > 0,
+        kept=sums(number, (chosen.nodes & (influence.node > 0)).astype(float), R) > 0,
         source=ends // R,
         target=ends % R,
         edge_influence=sums(where, influence.edge[listed], len(ends)),
