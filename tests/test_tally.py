@@ -12,6 +12,7 @@ from crosslayer.attribution.roles import places, roles
 from crosslayer.attribution.tally import Pruning, Tally, read_tally, tally, write_tally
 from making_graphs import graph_of, random_graph
 
+
 def test_places_are_told_from_the_answer_the_patches_and_the_target():
     nodes = [Node(kind="patch", position=p, label="") for p in (1, 2)]
     nodes += [Node(kind="token", position=p, vocab=0) for p in (0, 3, 4, 5, 6)]

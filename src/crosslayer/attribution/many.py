@@ -116,14 +116,14 @@ def aggregate(
     found = {i: tracer.read(file, cases[i]) for i, file in enumerate(files) if file.exists()}
     missing = [i for i in range(len(files)) if i not in found]
     jobs = [(files[i], i) for i in missing]
-    reasons = _alone(tracer, cases, jobs) if workers is None else _shared(workers, tracer, cases, jobs)
+    outcomes = _alone(tracer, cases, jobs) if workers is None else _shared(workers, tracer, cases, jobs)
     with tqdm(total=len(files), initial=len(found), unit="graph", desc="aggregate", disable=None, leave=False) as bar:
         try:
-            for i, reason in zip(missing, reasons, strict=True):
-                _note(skipped, cases[i].example.id, reason, len(cases))
+            for id, reason in outcomes:
+                _note(skipped, id, reason, len(cases))
                 bar.update()
         except KeyboardInterrupt:
-            done = f"{bar.n:,} of {len(files):,} graphs"
+            done = f"{sum(file.exists() for file in files):,} of {len(files):,} graphs"
             raise KeyboardInterrupt(f"stopped after {done}; the same command goes on from there") from None
     made = {i: tracer.read(files[i], cases[i]) for i in missing if files[i].exists()}
     tallies = tuple(tally for _, tally in sorted((found | made).items()))
@@ -136,15 +136,15 @@ class _Tracer:
     def __init__(self, model: LoadedModel, coder: CrossLayerTranscoder, tracing: Tracing, about: Mapping[str, Any]):
         self.model, self.coder, self.tracing, self.about = model, coder, tracing, about
 
-    def write(self, file: Path, case: Case) -> str:
-        """Trace a case; why it cannot be, where that is so."""
+    def write(self, file: Path, case: Case) -> tuple[str, str]:
+        """Trace a case; its name, and why it cannot be, where that is so."""
         try:
             graph = self._graph(case)
         except UserError as error:
-            return str(error)
+            return case.example.id, str(error)
         settings = {"token": case.token, "patches": case.patches, "pruning": self.tracing.pruning}
         write_tally(file, tally(graph, case.example.id, case.label, **settings), self._made_of(case))
-        return ""
+        return case.example.id, ""
 
     def read(self, file: Path, case: Case) -> Tally:
         """What is in the file, if it is this case's and made like this."""
@@ -185,14 +185,15 @@ def _content(example: Example) -> str:
     return hashlib.sha256(words.encode() + pixels).hexdigest()[:12]
 
 
-def _alone(tracer: _Tracer, cases: Sequence[Case], jobs: Sequence[tuple[Path, int]]) -> Iterator[str]:
+def _alone(tracer: _Tracer, cases: Sequence[Case], jobs: Sequence[tuple[Path, int]]) -> Iterator[tuple[str, str]]:
+    """Of each example, its name and why it cannot be traced, where that is so."""
     for file, i in jobs:
         yield tracer.write(file, cases[i])
 
 
 def _shared(
     workers: Workers, tracer: _Tracer, cases: Sequence[Case], jobs: Sequence[tuple[Path, int]]
-) -> Iterator[str]:
+) -> Iterator[tuple[str, str]]:
     """The same by several processes, in the same order."""
     start = (workers.load, tracer.tracing, tracer.about)
     pool = ProcessPoolExecutor(workers.n, get_context("spawn"), initializer=_begin, initargs=start)
@@ -222,7 +223,7 @@ def _begin(load: Callable, tracing: Tracing, about: Mapping[str, Any]) -> None:
     _here.append(_Tracer(model, coder, tracing, about))
 
 
-def _work(job: tuple[Path, Case]) -> str:
+def _work(job: tuple[Path, Case]) -> tuple[str, str]:
     return _here[0].write(*job)
 
 
