@@ -8,6 +8,7 @@ import torch
 
 from crosslayer import Case, CrossLayerTranscoder, Example, LoadedModel, Tracing, UserError, Wiring, Workers, aggregate
 from crosslayer.attribution.many import GRAPHS
+from crosslayer.coders.transcoder import Provenance
 from crosslayer.data.skipped import Skipped
 from crosslayer.model_options import AS_IT_IS
 from crosslayer.verbs.arguments import load_run
@@ -21,7 +22,7 @@ def run(llama_folder, tmp_path_factory) -> Path:
     """A run of the tiny Llama."""
     folder = tmp_path_factory.mktemp("runs") / "clt"
     coder = finished_coder(Wiring.full(3))
-    coder.provenance = type(coder.provenance)(str(llama_folder))
+    coder.provenance = Provenance(str(llama_folder))
     coder.save(folder)
     return folder
 

@@ -28,6 +28,12 @@ from crosslayer.metrics import Figure
 SCHEMA = 1
 
 
+def check_share(share: float) -> None:
+    """Refuse a share of the graphs outside 0 ... 1."""
+    if not 0 <= share <= 1:
+        raise UserError(f"share is {share}; choose a share of the graphs from 0 to 1")
+
+
 @dataclass(frozen=True)
 class NodeRow:
     """One node, averaged; where a graph lacks it, it counts 0."""
@@ -74,8 +80,7 @@ class Aggregate:
     def __post_init__(self):
         if not self.tallies:
             raise UserError("there are no graphs to put together; give at least one")
-        if not 0 <= self.share <= 1:
-            raise UserError(f"share is {self.share}; choose a share of the graphs from 0 to 1")
+        check_share(self.share)
 
     def __len__(self) -> int:
         return len(self.tallies)
@@ -97,8 +102,10 @@ class Aggregate:
     @cached_property
     def edges(self) -> tuple[EdgeRow, ...]:
         """The edges, those of the most influence first."""
-        rows = self._rows(self.tables[1])
-        return tuple(EdgeRow(*ends, influence, effect, kept) for ends, influence, effect, _, kept in rows)
+        return tuple(
+            EdgeRow(source, target, influence, effect, kept)
+            for (source, target), influence, effect, _, kept in self._rows(self.tables[1])
+        )
 
     def contrast(self, other: "Aggregate") -> Contrast:
         """What gained or lost influence here against another set of graphs; see `crosslayer.attribution.contrast`.

@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partialmethod
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from crosslayer.attribution.aggregate import Aggregate
+from crosslayer.attribution.aggregate import Aggregate, check_share
 from crosslayer.attribution.attribute import Budget, attribute
 from crosslayer.attribution.graph import AttributionGraph
 from crosslayer.attribution.tally import Pruning, Tally, read_tally, tally, write_tally
@@ -60,6 +61,9 @@ class Tracing:
     """Features with a row of their own, the most influential first; all by default."""
     pruning: Pruning = field(default_factory=Pruning)
     """What counts as a graph's circuit."""
+
+    def __post_init__(self):
+        Budget(features=self.features)  # refuses less than 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,14 +113,12 @@ def aggregate(
         UserError: when a graph is there that was made with another run, other settings or of another example, naming
             both; when too many cases, or all, cannot be traced.
     """
-    tracing = tracing or Tracing()
-    about = _about(model, coder, run, tracing)
-    tracer = _Tracer(model, coder, tracing, about)
+    check_share(share)
+    tracer = _Tracer(model, coder, run, tracing or Tracing())
     files = [Path(out) / GRAPHS / f"{number:06d}.json" for number in range(len(cases))]
     found = {i: tracer.read(file, cases[i]) for i, file in enumerate(files) if file.exists()}
-    missing = [i for i in range(len(files)) if i not in found]
-    jobs = [(files[i], i) for i in missing]
-    outcomes = _alone(tracer, cases, jobs) if workers is None else _shared(workers, tracer, cases, jobs)
+    missing = {i: file for i, file in enumerate(files) if i not in found}
+    outcomes = _alone(tracer, cases, missing) if workers is None else _shared(workers, tracer, cases, missing)
     with tqdm(total=len(files), initial=len(found), unit="graph", desc="aggregate", disable=None, leave=False) as bar:
         try:
             for id, reason in outcomes:
@@ -125,16 +127,17 @@ def aggregate(
         except KeyboardInterrupt:
             done = f"{sum(file.exists() for file in files):,} of {len(files):,} graphs"
             raise KeyboardInterrupt(f"stopped after {done}; the same command goes on from there") from None
-    made = {i: tracer.read(files[i], cases[i]) for i in missing if files[i].exists()}
-    tallies = tuple(tally for _, tally in sorted((found | made).items()))
-    return Aggregate(tallies=tallies, about=about, share=share, seed=seed)
+    found |= {i: tracer.read(file, cases[i]) for i, file in missing.items() if file.exists()}
+    return Aggregate(tallies=tuple(found[i] for i in sorted(found)), about=tracer.about, share=share, seed=seed)
 
 
 class _Tracer:
     """Traces cases, and writes and reads their files."""
 
-    def __init__(self, model: LoadedModel, coder: CrossLayerTranscoder, tracing: Tracing, about: Mapping[str, Any]):
-        self.model, self.coder, self.tracing, self.about = model, coder, tracing, about
+    def __init__(self, model: LoadedModel, coder: CrossLayerTranscoder, run: str, tracing: Tracing):
+        self.model, self.coder, self.run, self.tracing = model, coder, run, tracing
+        told = f"{Path(run).name} {_digest(coder)}".strip()
+        self.about = {"run": told, "model": model.id, "revision": model.revision, **asdict(tracing)}
 
     def write(self, file: Path, case: Case) -> tuple[str, str]:
         """Trace a case; its name, and why it cannot be, where that is so."""
@@ -166,13 +169,12 @@ class _Tracer:
         return {**self.about, "example": case.example.id, "content": _content(case.example), **asked}
 
 
-def _about(model: LoadedModel, coder: CrossLayerTranscoder, run: str, tracing: Tracing) -> dict[str, Any]:
-    """What all graphs of an aggregate have in common; a run is told by its folder's name and its weights."""
+def _digest(coder: CrossLayerTranscoder) -> str:
+    """What tells two transcoders of one name apart."""
     digest = hashlib.sha256()
     for name, tensor in coder.state_dict().items():
         digest.update(name.encode() + tensor.flatten()[:BEGINNING].float().numpy(force=True).tobytes())
-    told = f"{Path(run).name} {digest.hexdigest()[:12]}".strip()
-    return {"run": told, "model": model.id, "revision": model.revision, **asdict(tracing)}
+    return digest.hexdigest()[:12]
 
 
 def _content(example: Example) -> str:
@@ -185,22 +187,22 @@ def _content(example: Example) -> str:
     return hashlib.sha256(words.encode() + pixels).hexdigest()[:12]
 
 
-def _alone(tracer: _Tracer, cases: Sequence[Case], jobs: Sequence[tuple[Path, int]]) -> Iterator[tuple[str, str]]:
+def _alone(tracer: _Tracer, cases: Sequence[Case], missing: Mapping[int, Path]) -> Iterator[tuple[str, str]]:
     """Of each example, its name and why it cannot be traced, where that is so."""
-    for file, i in jobs:
+    for i, file in missing.items():
         yield tracer.write(file, cases[i])
 
 
 def _shared(
-    workers: Workers, tracer: _Tracer, cases: Sequence[Case], jobs: Sequence[tuple[Path, int]]
+    workers: Workers, tracer: _Tracer, cases: Sequence[Case], missing: Mapping[int, Path]
 ) -> Iterator[tuple[str, str]]:
     """The same by several processes, in the same order."""
-    start = (workers.load, tracer.tracing, tracer.about)
+    start = (workers.load, tracer.run, tracer.tracing)
     pool = ProcessPoolExecutor(workers.n, get_context("spawn"), initializer=_begin, initargs=start)
-    some = AHEAD * workers.n
+    jobs = iter(missing.items())
     try:
-        for first in range(0, len(jobs), some):
-            yield from pool.map(_work, [(file, cases[i]) for file, i in jobs[first : first + some]])
+        while some := list(islice(jobs, AHEAD * workers.n)):
+            yield from pool.map(_work, [(file, cases[i]) for i, file in some])
     except BrokenProcessPool:
         raise UserError(
             f"one of {workers.n} workers ended without a word, most likely for want of memory; choose fewer --workers; "
@@ -214,13 +216,13 @@ _here: list[_Tracer] = []
 """Of a worker: its tracer."""
 
 
-def _begin(load: Callable, tracing: Tracing, about: Mapping[str, Any]) -> None:
+def _begin(load: Callable, run: str, tracing: Tracing) -> None:
     """Make this process a worker: one thread, no bars of its own, and the one that started it minds Ctrl-C."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # pyright: ignore
     coder, model = load()
-    _here.append(_Tracer(model, coder, tracing, about))
+    _here.append(_Tracer(model, coder, run, tracing))
 
 
 def _work(job: tuple[Path, Case]) -> tuple[str, str]:

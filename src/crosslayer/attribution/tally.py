@@ -149,6 +149,7 @@ def read_tally(path: Path, made_of: Mapping[str, Any]) -> Tally:
                 f"{path}: was made with {name} = {there}, now {value} is asked for; choose another folder or add "
                 "--overwrite"
             )
-    arrays = {name: np.array(record[name], dtype) for name, dtype in ARRAYS.items()}
-    listed = {"targets": tuple(record["targets"]), "roles": tuple(Role(*role) for role in record["roles"])}
-    return Tally(**{name: record[name] for name in Tally.__dataclass_fields__} | listed | arrays)
+    parts: dict[str, Any] = {name: record[name] for name in Tally.__dataclass_fields__}
+    parts |= {name: np.array(record[name], dtype) for name, dtype in ARRAYS.items()}
+    parts |= {"targets": tuple(record["targets"]), "roles": tuple(Role(*role) for role in record["roles"])}
+    return Tally(**parts)

@@ -1,5 +1,6 @@
 """The verb that traces a data set: `graph --aggregate`."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ from crosslayer.attribution.aggregate_summary import contrast_summary, summary
 from crosslayer.attribution.many import GRAPHS, Case, Tracing, Workers
 from crosslayer.attribution.many import aggregate as run_aggregation
 from crosslayer.attribution.tally import Pruning
+from crosslayer.data.examples import Examples
 from crosslayer.data.load import read_data
 from crosslayer.data.reading import Reading
 from crosslayer.data.skipped import SKIPPED
@@ -27,6 +29,19 @@ from crosslayer.verbs.arguments import (
     load_run,
     print_skipped,
 )
+
+
+class Cases(Sequence[Case]):
+    """What is asked of every example of a data set, each made when asked for."""
+
+    def __init__(self, examples: Examples, token: int, targets: tuple[str, ...]):
+        self.examples, self.token, self.targets = examples, token, targets
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        return Case(example=self.examples[index], token=self.token, targets=self.targets, label=self.examples.name)
 
 
 def aggregate(
@@ -66,14 +81,12 @@ def aggregate(
     read = {folder: read_data(name, reading, loaded, n=limit) for folder, name in sets.items()}
     found = []
     for folder, examples in read.items():
-        if overwrite:
-            claim_folder(folder / GRAPHS, overwrite, ("*.json",))
+        claim_folder(folder / GRAPHS, True, ("*.json",) if overwrite else ())
         examples.skipped.list_in(folder / SKIPPED)
-        cases = [Case(example=example, token=token, targets=target, label=examples.name) for example in examples]
         found.append(
             run_aggregation(
-                loaded, coder, cases, folder, run=run, tracing=tracing, share=share, seed=seed, workers=team,
-                skipped=examples.skipped,
+                loaded, coder, Cases(examples, token, target), folder, run=run, tracing=tracing, share=share, seed=seed,
+                workers=team, skipped=examples.skipped,
             )
         )  # fmt: skip
         found[-1].save(folder)
