@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from crosslayer import Case, CrossLayerTranscoder, Example, LoadedModel, Tracing, UserError, Wiring, Workers, aggregate
+from crosslayer import (
+    Case,
+    CrossLayerTranscoder,
+    Example,
+    LoadedModel,
+    Tracing,
+    UserError,
+    Wiring,
+    Workers,
+    aggregate,
+    attribute,
+)
 from crosslayer.attribution.many import GRAPHS
 from crosslayer.coders.transcoder import Provenance
 from crosslayer.data.skipped import Skipped
@@ -79,6 +90,13 @@ def test_each_graph_explains_what_its_case_asks_for(pair, tmp_path):
         logits = pair[0].model(torch.tensor([pair[0].processor("is there a")["input_ids"]])).logits[0, -1]
     cat = pair[0].processor("cat", add_special_tokens=False)["input_ids"][0]
     assert found.tallies[1].value == pytest.approx((logits[cat] - logits.mean()).item(), rel=1e-4)
+
+
+def test_earlier_turns_are_part_of_the_prompt(pair):
+    short = attribute(*pair, "is there a dog ?")
+    long = attribute(*pair, "is there a dog ?", history=(("is there a cat ?", "no"),))
+    assert long.tokens[-len(short.tokens) + 1 :] == short.tokens[1:]
+    assert {"cat", "no"} <= set(long.tokens) - set(short.tokens)
 
 
 def test_graphs_of_another_run_setting_or_example_are_refused(pair, run, tmp_path):
