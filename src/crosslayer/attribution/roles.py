@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from crosslayer.attribution.graph import AttributionGraph
 from crosslayer.attribution.node import Node
 
-PLACES = ("image", "prompt", "answer", "last")
-
 
 @dataclass(frozen=True)
 class Role:
