@@ -115,7 +115,10 @@ def test_coders_metrics_and_wiring_know_no_language_model():
 
 
 def test_the_record_of_a_graph_and_its_reading_know_no_model_and_no_coder():
-    for name in ("graph", "paths", "supernodes", "networks", "summary", "figure"):
+    for name in (
+        *("graph", "paths", "supernodes", "networks", "summary", "figure", "tally"),
+        *("aggregate", "contrast", "aggregate_figure", "aggregate_summary"),
+    ):
         name = f"crosslayer.attribution.{name}"
         for module in {name, *reached(name)}:
             assert "transformers" not in {m.split(".")[0] for m in imports(module)}, f"{name} through {module}"

@@ -8,8 +8,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from crosslayer.activations.store import Store
 from crosslayer.activations.to_store import capture_to_store as capture
 from crosslayer.answering import Answering, respond
+from crosslayer.attribution.aggregate import Aggregate
 from crosslayer.attribution.attribute import Budget, attribute
 from crosslayer.attribution.graph import AttributionGraph
+from crosslayer.attribution.many import Case, Tracing, Workers, aggregate
 from crosslayer.attribution.targets import Target
 from crosslayer.coders.decoders import Full, LowRank, SourceAndTargetTied, SourceTied, TargetTied
 from crosslayer.coders.sparsity import BatchTopK, GroupMax, JointTopK, JumpReLU, ReLU, TopK
@@ -42,11 +44,13 @@ __all__ = [
     "Adam8bit",
     "AdamW",
     "Add",
+    "Aggregate",
     "Answering",
     "AttributionGraph",
     "AuxK",
     "BatchTopK",
     "Budget",
+    "Case",
     "CrossEntropy",
     "CrossLayerTranscoder",
     "DeadPenalty",
@@ -75,9 +79,12 @@ __all__ = [
     "Target",
     "TargetTied",
     "TopK",
+    "Tracing",
     "TrainConfig",
     "UserError",
     "Wiring",
+    "Workers",
+    "aggregate",
     "attribute",
     "capture",
     "edited",

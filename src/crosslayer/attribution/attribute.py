@@ -58,6 +58,7 @@ def attribute(
     image: Image.Image | Path | str | None = None,
     *,
     response: str | None = None,
+    history: tuple[tuple[str, str], ...] = (),
     token: int | Sequence[int] = 0,
     form: Literal["chat", "text"] = "chat",
     targets: Sequence[str | Target] = (),
@@ -75,6 +76,7 @@ def attribute(
         prompt: `<image>` marks where the image goes, first by default.
         image: a picture or the path of one.
         response: the answer, where it is known, so that a token in its middle can be explained.
+        history: earlier turns of the conversation: what was asked and what was answered.
         token: which token of the answer is explained, from 0 on, or which ones together.
         form: `chat` goes through the model's chat template, where it has one; `text` is taken as it is.
         targets: tokens, weighted sums of some (`"a" - 0.5 "b"`), features (`feature 5/123 @ 17`), or directions; the
@@ -92,7 +94,8 @@ def attribute(
     ReplacementModel(model, coder)  # refuses one that was trained on a model of another shape
     picture = Path(image) if isinstance(image, str) else image
     picture = open_image(picture) if isinstance(picture, Path) else picture
-    batch = prepare(model.model, model.processor, [Example("prompt", prompt, response, image=picture, form=form)])
+    example = Example("prompt", prompt, response, picture, history, form)
+    batch = prepare(model.model, model.processor, [example])
     if batch.tokens.shape[1] < 2:
         raise UserError("the prompt is empty: nothing comes after the token that begins it, so nothing can be traced")
     places = [_place(response, number, batch) for number in ([token] if isinstance(token, int) else token)]

@@ -25,8 +25,8 @@ from jaxtyping import Float
 from scipy.stats import mannwhitneyu, spearmanr
 from torch import Tensor
 
+from crosslayer.attribution.effects import effects
 from crosslayer.attribution.graph import AttributionGraph
-from crosslayer.attribution.influence import carried_back
 from crosslayer.attribution.node import Node
 from crosslayer.attribution.perturbation import Downstream, downstream, feature_of
 from crosslayer.attribution.targets import named
@@ -127,8 +127,8 @@ def faithfulness(
     live = _effects(model, coder, batch, nodes, place) @ vectors.T
     random = _effects(model, coder, batch, _others(graph, chosen, seed), place) @ vectors.T
     frozen = _frozen_effects(local, coder, nodes, place) @ vectors[main]
-    direct, total = -_edges_to(graph, targets[main])[chosen], -total_effects(graph, targets[main])[chosen]
-    sizes, random_sizes = (np.asarray((effects.abs() @ weights).cpu(), float) for effects in (live, random))
+    direct, total = -_edges_to(graph, targets[main])[chosen], -effects(graph, _only(graph, targets[main])).node[chosen]
+    sizes, random_sizes = (np.asarray((found.abs() @ weights).cpu(), float) for found in (live, random))
     influence = graph.influence.node[chosen]
     found = [
         Ablated(id=node.id, caption=graph.captions[i], influence=a, direct=b, total=c, frozen=d, live=e, size=f)
@@ -151,15 +151,8 @@ def faithfulness(
     )
 
 
-def total_effects(graph: AttributionGraph, target: int) -> Float[np.ndarray, " N"]:
-    """What each node contributes to a target over all paths: features respond in proportion to their pre-activation.
-
-    A source that gives a feature a share of its pre-activation gives it the same share of what it writes.
-    """
-    whole = np.where(graph.of_kind("feature"), graph.preactivation.double().numpy(force=True), 1.0)[graph.edges.target]
-    share = np.divide(graph.edges.weight, whole, out=np.zeros_like(whole), where=whole != 0)
-    only = (np.arange(len(graph.nodes)) == target).astype(np.float64)
-    return carried_back(graph.edges, share, only)
+def _only(graph: AttributionGraph, target: int) -> Float[np.ndarray, " N"]:
+    return (np.arange(len(graph.nodes)) == target).astype(np.float64)
 
 
 def _edges_to(graph: AttributionGraph, target: int) -> Float[np.ndarray, " N"]:

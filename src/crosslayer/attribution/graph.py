@@ -21,7 +21,7 @@ from torch import Tensor
 
 from crosslayer.attribution.influence import Edges, Influence, influence, sums
 from crosslayer.attribution.node import INPUTS, Node
-from crosslayer.attribution.pruning import select
+from crosslayer.attribution.pruning import Selection, select
 from crosslayer.attribution.scores import Scores, completeness_score, replacement_score, row_gaps
 from crosslayer.errors import UserError
 from crosslayer.files import read_json, read_tensors, write_json, write_tensors
@@ -189,9 +189,13 @@ class AttributionGraph:
         Raises:
             UserError: for a threshold outside 0 ... 1.
         """
-        fixed, features = self.of_kind(*INPUTS, "bias", "target"), self.of_kind("feature")
-        kept = select(self.causes, self._target_weight, fixed, features, node_threshold, edge_threshold)
+        kept = self.selection(node_threshold, edge_threshold)
         return self.keep(kept.nodes, kept.edges)
+
+    def selection(self, node_threshold: float, edge_threshold: float) -> Selection:
+        """The nodes and edges that `prune` keeps; the same arguments and errors."""
+        fixed, features = self.of_kind(*INPUTS, "bias", "target"), self.of_kind("feature")
+        return select(self.causes, self._target_weight, fixed, features, node_threshold, edge_threshold)
 
     def keep(self, nodes: Bool[np.ndarray, " N"], edges: Bool[np.ndarray, " E"]) -> "AttributionGraph":
         """The graph of some features and edges. What is dropped joins error nodes, so that every row still closes.

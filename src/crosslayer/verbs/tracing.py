@@ -54,7 +54,10 @@ def graph(
     overwrite: Overwrite = False,
     loading: Loading = AS_IT_IS,
 ) -> None:
-    """Trace which image patches and words led to a token, through which features: exact, and shown as a page."""
+    """Trace which image patches and words led to a token, through which features: exact, and shown as a page.
+
+    With --aggregate DATA instead of --prompt, of a whole data set: `crosslayer aggregate --help`.
+    """
     if out.suffix != ".json":
         raise UserError(f"{out}: a graph's file name ends in .json")
     page = out.with_suffix(".html")
