@@ -4,10 +4,12 @@ from typing import Annotated, Any
 
 from tyro.conf import Suppress, arg, subcommand
 
+from crosslayer.verbs.contrasting import contrast
 from crosslayer.verbs.scoring import score
 
 Step = Annotated[
     Annotated[Any, subcommand(name="score", constructor=score)]
+    | Annotated[Any, subcommand(name="contrast", constructor=contrast)]
     | Annotated[None, Suppress],  # a union needs two members
     arg(name=""),
 ]
