@@ -7,15 +7,16 @@ from importlib.resources import files
 from pathlib import Path
 
 import jinja2
-from PIL import Image
 
 from crosslayer.data.images import open_image
 from crosslayer.files import write_text
-from crosslayer.hallucination.feature_table import Change, Contrast, Shown
+from crosslayer.hallucination.feature_table import Contrast, Shown
 from crosslayer.hallucination.firing import PLACES
 
 WIDTH = 144
 """Of a picture on the page, in pixels."""
+LISTED = 40
+"""Features that the page lists."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def page(found: Contrast, folder: Path) -> str:
         largest=max((abs(f.attribution.hallucinated) for f in found.features), default=0.0) or 1.0,
         pictures={name: _picture(folder / name) for name in sorted(names)},
         outline=_outline,
-        signed=_signed,
+        listed=LISTED,
     )
 
 
@@ -70,7 +71,3 @@ def _outline(shown: Shown) -> str:
     """Where the patch lies, as a style."""
     left, top, right, bottom = (f"{100 * edge:.4g}" for edge in shown.box or (0, 0, 1, 1))
     return f"left: {left}%; top: {top}%; right: calc(100% - {right}%); bottom: calc(100% - {bottom}%)"
-
-
-def _signed(change: Change) -> str:
-    return f"{change.difference:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"

@@ -41,7 +41,7 @@ class Shown:
     token: str | None
     """The text there; None of an image patch."""
     box: tuple[float, float, float, float] | None
-    """Left, top, right and bottom of the patch in shares of the picture; None of text, and where patches are no grid."""
+    """Left, top, right, bottom of the patch in shares of the picture; None of text, or where patches are no grid."""
     activation: float
     said: str
     """The response."""

@@ -20,7 +20,7 @@ def mann_whitney(
         x: activations; no feature may be the same everywhere.
         hallucinated: of each mention.
     """
-    these, those = x[hallucinated], x[~hallucinated]
+    these, those = (x[side].astype(np.float64) for side in (hallucinated, ~hallucinated))  # p-values keep x's precision
     found = mannwhitneyu(these, those, axis=0, method="asymptotic")
     return found.statistic / (len(these) * len(those)), found.pvalue
 
@@ -30,8 +30,8 @@ def van_elteren(
 ) -> tuple[Float64[np.ndarray, " F"], Float64[np.ndarray, " F"]]:
     """The same with mentions compared within their stratum only: AUROC and p-value.
 
-    Each stratum of n hallucinated and m true mentions gives its Mann-Whitney U, centred, with the weight 1 / (n + m + 1),
-    which is locally the most powerful. The variance is that of the ranks found under permutation, so ties are taken
+    Each stratum of n hallucinated and m true mentions gives its Mann-Whitney U, centred, with the weight
+    1 / (n + m + 1), which is locally the most powerful. The variance is that of the ranks found under permutation, so ties are taken
     care of. Where the strata tell nothing of a feature, its AUROC is 0.5 and p is 1. Source: van Elteren, "On the
     combination of independent two-sample tests of Wilcoxon", 1960; Lehmann, "Nonparametrics", section 3.3.
     """

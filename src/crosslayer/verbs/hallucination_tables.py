@@ -42,11 +42,10 @@ def compared_text(found: Contrast) -> str:
     """What was compared, and how many features there were."""
     return (
         f"{found.passing:,} of {found.alive:,} features that fire pass, at q <= {found.settings['alpha']:g} over "
-        f"{found.tests:,} pairs of feature and place; compared {found.matched_hallucinated:,} of "
-        f"{found.hallucinated:,} hallucinated mentions (h) with {found.matched_true:,} true ones (t) of the same object "
-        f"near the same position,\nin {found.responses:,} responses of the split select; traced "
-        f"{found.traced_hallucinated:,} and {found.traced_true:,}, decided by {found.margin.hallucinated:.2f} and "
-        f"{found.margin.true:.2f} logits"
+        f"{found.tests:,} pairs of feature and place\n{found.matched_hallucinated:,} of {found.hallucinated:,} "
+        f"hallucinated mentions (h) compared with {found.matched_true:,} true ones (t) of the same object near the same "
+        f"position, in {found.responses:,} responses of the split select\n{found.traced_hallucinated:,} (h) and "
+        f"{found.traced_true:,} (t) traced, decided by {found.margin.hallucinated:.2f} and {found.margin.true:.2f} logits"
     )
 
 
