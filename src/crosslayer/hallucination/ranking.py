@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.hallucination.causes import Causes, causes
@@ -30,7 +30,7 @@ from crosslayer.models.load import LoadedModel
 
 
 @dataclass(frozen=True)
-class Tested:
+class Examined:
     """Every feature at every place: NaN where it never fires."""
 
     auroc: Float64[np.ndarray, "L W"]
@@ -54,11 +54,11 @@ class Tested:
         return getattr(self, name)[self.place, np.arange(len(self.place))]
 
 
-def tested(firing: Firing, compared: Compared) -> Tested:
+def examine(firing: Firing, compared: Compared) -> Examined:
     """Test every feature at every place; q-values are over all pairs of a feature and a place where it fires."""
     found = [np.concatenate([_four(x.toarray(), compared) for x in firing.acts[place]], 1) for place in PLACES]
     auroc, p, matched_auroc, matched_p = np.stack(found, 1)
-    return Tested(auroc, _adjusted(p), matched_auroc, _adjusted(matched_p))
+    return Examined(auroc, _adjusted(p), matched_auroc, _adjusted(matched_p))
 
 
 def _four(x: np.ndarray, compared: Compared) -> Float64[np.ndarray, "4 F"]:
@@ -112,7 +112,7 @@ class Ranked:
 
     compared: Compared
     firing: Firing
-    tests: Tested
+    tests: Examined
     causes: Causes
     traced: Weighing
     """Of the decisions whose attributions `causes` are."""
@@ -120,11 +120,14 @@ class Ranked:
     order: Int[np.ndarray, " alive"]
     stability: Float64[np.ndarray, " W"]
 
-    def activations(self, columns: Sequence[int]) -> Float64[np.ndarray, "M K"]:
-        """Activations of some features at all places of all decisions."""
-        width = self.firing.image.shape[1]
-        found = [[acts[c // width][:, [c % width]].toarray() for c in columns] for acts in self.firing.acts.values()]
-        return np.vstack([np.hstack(columns) for columns in found])
+    def activations(self, columns: Sequence[int]) -> Float[np.ndarray, "M K"]:
+        """Activations of some features at all places of all decisions, place after place."""
+        source, feature = np.divmod(np.asarray(columns), self.firing.image.shape[1])
+        out = np.empty((len(PLACES), len(self.compared.decisions), len(source)), np.float32)
+        for place, acts in enumerate(self.firing.acts.values()):
+            for i in np.unique(source):
+                out[place][:, source == i] = acts[i][:, feature[source == i]].toarray()
+        return out.reshape(-1, len(source))
 
 
 def rank(
@@ -157,7 +160,7 @@ def rank(
         seed: of resamples, and of which decisions are traced.
     """
     firing = fire(model, coder, compared.decisions, folder, batch_prompts=batch_prompts)
-    tests = tested(firing, compared)
+    tests = examine(firing, compared)
     chosen = compared.some(traced, seed)
     found = causes(model, coder, [compared.decisions[i] for i in chosen], folder)
     weighing = Weighing(compared.only(chosen), resamples, seed)
