@@ -58,7 +58,7 @@ def causes(model: LoadedModel, coder: CrossLayerTranscoder, made: Sequence[Decis
     bar = tqdm(made, unit="decision", desc="trace", disable=None, leave=False)
     rows = [_row(model, coder, as_batch(model, [decision], folder)) for decision in bar]
     text, image, margin = zip(*rows, strict=True)
-    return Causes(vstack(text, "csr"), vstack(image, "csr"), np.array(margin))
+    return Causes(csr_array(vstack(text)), csr_array(vstack(image)), np.array(margin))
 
 
 def _row(model: LoadedModel, coder: CrossLayerTranscoder, decided: Decided) -> tuple[csr_array, csr_array, float]:

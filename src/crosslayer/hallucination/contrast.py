@@ -26,6 +26,7 @@ from crosslayer.hallucination.showing import top_examples
 from crosslayer.models.load import LoadedModel
 from crosslayer.replacement.model import ReplacementModel
 
+FIGURES = ("auroc", "q", "matched_auroc", "matched_q")
 OBJECTS = 3
 """Objects that a feature is said to add most to."""
 
@@ -167,7 +168,7 @@ def _features(
     attribution, from_image = ours.traced.changes(total), ours.traced.changes(image)
     fires = [dict(zip(PLACES, weighing.means(fired[:, :, k].T), strict=True)) for k in range(len(chosen))]
     match = {name: best_match(ours, other, chosen[: s.top].tolist()) for name, other in others.items()}
-    figures = {name: ours.tests.best(name)[chosen] for name in ("auroc", "q", "matched_auroc", "matched_q")}
+    auroc, q, matched_auroc, matched_q = (ours.tests.best(name)[chosen].tolist() for name in FIGURES)
     return [
         Feature(
             rank=k + 1,
@@ -183,7 +184,10 @@ def _features(
             fires=fires[k],
             objects=_objects(ours, total[:, k]),
             match={name: float(r[k]) for name, r in match.items() if k < len(r)},
-            **{name: float(values[k]) for name, values in figures.items()},
+            auroc=auroc[k],
+            q=q[k],
+            matched_auroc=matched_auroc[k],
+            matched_q=matched_q[k],
         )
         for k, column in enumerate(chosen.tolist())
     ]

@@ -162,5 +162,5 @@ class _Kept:
 
     def firing(self) -> Firing:
         means = {name: total / max(1, self.tokens[name]) for name, total in self.sums.items()}
-        stacked = {place: tuple(vstack(parts, "csr") for parts in found) for place, found in self.acts.items()}
+        stacked = {place: tuple(csr_array(vstack(parts)) for parts in found) for place, found in self.acts.items()}
         return Firing(stacked, means["image"], means["text"])

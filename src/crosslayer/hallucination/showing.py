@@ -66,7 +66,8 @@ def _strongest(
     def keep(i: int, acts: Float[Tensor, "B P F"]) -> None:
         for k, (source, feature) in enumerate(features):
             if source == i:
-                best[k] = tuple(acts[:, :, feature].max(1))
+                largest = acts[:, :, feature].max(1)
+                best[k] = largest.values, largest.indices
 
     watch(model, coder, batch, keep)
     return best

@@ -104,7 +104,7 @@ def top_share(
         preferred: see `best_first`.
         k: how many are the top.
     """
-    hits, usable = np.zeros(x.shape[1]), 0
+    hits, usable = np.zeros(len(preferred)), 0
     for these, those in zip(*weights, strict=True):
         if np.isfinite(these).all():
             hits[best_first(drive(x.T @ these, x.T @ those), preferred)[:k]] += 1
