@@ -56,8 +56,19 @@ def said(llava, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(llava, coder, said):
-    return contrast(llava, coder, *said, SETTINGS, run="clt", beside={"itself": coder})
+def others(coder):
+    """The same features in another order, and features of another seed."""
+    shuffled = finished_coder(Wiring.full(3), F=16)
+    for i in range(3):
+        order = torch.randperm(16, generator=torch.Generator().manual_seed(i))
+        for parameters in (shuffled.W_enc, shuffled.b_enc, shuffled.W_dec, shuffled.thresholds):
+            parameters[i].data.copy_(parameters[i][order].clone())
+    return {"shuffled": shuffled, "other": finished_coder(Wiring.full(3), F=16, seed=1)}
+
+
+@pytest.fixture(scope="module")
+def found(llava, coder, said, others):
+    return contrast(llava, coder, *said, SETTINGS, run="clt", beside=others)
 
 
 def acts_alone(model, coder, response, folder):
@@ -161,8 +172,15 @@ def test_the_table_says_what_was_compared_and_orders_by_what_drives(found, said,
         assert f.attribution.difference == pytest.approx(f.attribution.hallucinated - f.attribution.true)
         assert f.attribution.low <= f.attribution.difference <= f.attribution.high
     assert [len(f.examples) for f in found.features] == [2] * 5 + [0] * 7
-    (itself,) = found.beside
-    assert (itself.matched, itself.matched_in_top) == (1.0, 1.0)
+
+
+def test_features_of_other_runs_are_matched_by_what_they_do(found):
+    shuffled, other = found.beside
+    assert (shuffled.matched, shuffled.matched_in_top) == (1.0, 1.0)
+    assert other.matched_in_top <= other.matched < 0.5
+    assert [f.match["shuffled"] for f in found.features[:5]] == pytest.approx([1.0] * 5)
+    assert max(f.match["other"] for f in found.features[:5]) < 0.99
+    assert all(not f.match for f in found.features[5:])
 
 
 def test_examples_are_the_strongest_of_the_split(llava, found, said, coder):
@@ -181,8 +199,9 @@ def test_examples_are_the_strongest_of_the_split(llava, found, said, coder):
 def test_the_table_comes_back_from_disk_and_again_from_the_same_seed(llava, found, said, coder, tmp_path):
     (tmp_path / "contrast.json").write_text(found.to_json())
     assert read_contrast(tmp_path / "contrast.json") == found
-    again = contrast(llava, coder, *said, SETTINGS, run="clt", beside={"itself": coder})
-    assert again.to_json() == found.to_json()
+    again = contrast(llava, coder, *said, SETTINGS, run="clt")
+    alone = replace(found, beside=(), features=tuple(replace(f, match={}) for f in found.features))
+    assert again.to_json() == alone.to_json()
     rows = list(csv.DictReader(io.StringIO(found.to_csv())))
     assert [(int(r["layer"]), float(r["matched_q"])) for r in rows] == [(f.layer, f.matched_q) for f in found.features]
     assert json.loads(found.to_json())["features"][0]["effect"] == found.features[0].effect

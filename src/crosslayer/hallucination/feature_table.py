@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ class Contrast:
     def to_csv(self) -> str:
         """A line a feature, without examples."""
         text = io.StringIO()
-        rows = [_flat({**asdict(replace(f, examples=())), "effect": f.effect}) for f in self.features]
+        rows = [_flat({**_without_examples(f), "effect": f.effect}) for f in self.features]
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -194,6 +194,10 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
+def _without_examples(feature: Feature) -> dict[str, Any]:
+    return {name: value for name, value in asdict(feature).items() if name != "examples"}
+
+
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     """Records within a record as columns of their own."""
     flat: dict[str, Any] = {}
@@ -202,6 +206,8 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
             flat[name] = " ".join(f"{key}:{number:.4g}" for key, number in value.items())
         elif isinstance(value, Mapping):
             flat |= {f"{name}.{key}": inner for key, inner in _flat(value).items()}
-        elif name != "examples":
-            flat[name] = f"{value[0]:.4g} {value[1]:.4g}" if isinstance(value, tuple) else value
+        elif isinstance(value, tuple):
+            flat |= {f"{name}.hallucinated": value[0], f"{name}.true": value[1]}
+        else:
+            flat[name] = value
     return flat

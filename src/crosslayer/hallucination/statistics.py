@@ -31,9 +31,10 @@ def van_elteren(
     """The same with mentions compared within their stratum only: AUROC and p-value.
 
     Each stratum of n hallucinated and m true mentions gives its Mann-Whitney U, centred, with the weight
-    1 / (n + m + 1), which is locally the most powerful. The variance is that of the ranks found under permutation, so ties are taken
-    care of. Where the strata tell nothing of a feature, its AUROC is 0.5 and p is 1. Source: van Elteren, "On the
-    combination of independent two-sample tests of Wilcoxon", 1960; Lehmann, "Nonparametrics", section 3.3.
+    1 / (n + m + 1), which is locally the most powerful. The variance is that of the ranks found under permutation, so
+    ties are taken care of. Where the strata tell nothing of a feature, its AUROC is 0.5 and p is 1. Source: van
+    Elteren, "On the combination of independent two-sample tests of Wilcoxon", 1960; Lehmann, "Nonparametrics",
+    section 3.3.
     """
     u, pairs, variance = np.zeros(x.shape[1]), 0.0, np.zeros(x.shape[1])
     for number in np.unique(stratum):

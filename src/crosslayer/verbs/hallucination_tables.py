@@ -40,12 +40,16 @@ def contrast_table(found: Contrast, n: int = 15) -> str:
 
 def compared_text(found: Contrast) -> str:
     """What was compared, and how many features there were."""
-    return (
-        f"{found.passing:,} of {found.alive:,} features that fire pass, at q <= {found.settings['alpha']:g} over "
-        f"{found.tests:,} pairs of feature and place\n{found.matched_hallucinated:,} of {found.hallucinated:,} "
-        f"hallucinated mentions (h) compared with {found.matched_true:,} true ones (t) of the same object near the same "
-        f"position, in {found.responses:,} responses of the split select\n{found.traced_hallucinated:,} (h) and "
-        f"{found.traced_true:,} (t) traced, decided by {found.margin.hallucinated:.2f} and {found.margin.true:.2f} logits"
+    return "\n".join(
+        [
+            f"{found.passing:,} of {found.alive:,} features that fire pass, at q <= {found.settings['alpha']:g} over "
+            f"{found.tests:,} pairs of feature and place",
+            f"{found.matched_hallucinated:,} of {found.hallucinated:,} hallucinated mentions (h) compared with "
+            f"{found.matched_true:,} true ones (t) of the same object near the same position, in "
+            f"{found.responses:,} responses of the split select",
+            f"{found.traced_hallucinated:,} (h) and {found.traced_true:,} (t) traced, decided by "
+            f"{found.margin.hallucinated:.2f} and {found.margin.true:.2f} logits",
+        ]
     )
 
 
