@@ -14,8 +14,9 @@ from scipy.sparse import csr_array
 from crosslayer import UserError, Wiring, cli
 from crosslayer.hallucination.causes import causes
 from crosslayer.hallucination.comparing import Compared, compared
-from crosslayer.hallucination.contrast import ContrastSettings, contrast
+from crosslayer.hallucination.contrast import contrast
 from crosslayer.hallucination.contrast_page import page
+from crosslayer.hallucination.contrast_settings import ContrastSettings
 from crosslayer.hallucination.decisions import as_batch, decisions
 from crosslayer.hallucination.feature_table import read_contrast
 from crosslayer.hallucination.firing import PLACES, Firing, fire

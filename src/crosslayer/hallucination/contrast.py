@@ -6,17 +6,17 @@ is ranked by attribution to the decision, hallucinated minus true: firing beside
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float64
 
 from crosslayer.coders.transcoder import CrossLayerTranscoder
-from crosslayer.errors import UserError
 from crosslayer.hallucination.beside import beside as look_beside
 from crosslayer.hallucination.beside import best_match
-from crosslayer.hallucination.comparing import About, Compared, compared
+from crosslayer.hallucination.comparing import Compared, compared
+from crosslayer.hallucination.contrast_settings import ContrastSettings
 from crosslayer.hallucination.decisions import Without
 from crosslayer.hallucination.feature_table import Contrast, Feature
 from crosslayer.hallucination.firing import PLACES
@@ -29,45 +29,6 @@ from crosslayer.replacement.model import ReplacementModel
 FIGURES = ("auroc", "q", "matched_auroc", "matched_q")
 OBJECTS = 3
 """Objects that a feature is said to add most to."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContrastSettings:
-    """How features are compared and ranked."""
-
-    about: About = "both"
-    """Mentions in captions, affirmed questions, or both, each compared with its own kind."""
-    near: int = 6
-    """Mentions of an object are near each other when they begin in the same stretch of so many tokens."""
-    at_least: int = 10
-    """Hallucinating responses wanted in every split, and hallucinated mentions with a true match in this one."""
-    traced: int = 150
-    """Hallucinated decisions to trace at most, and as many true ones."""
-    alpha: float = 0.05
-    """False discovery rate."""
-    top: int = 20
-    """Features whose place among the first so many is asked for, in resamples and in other runs."""
-    rows: int = 100
-    """Features in the table at most."""
-    examples: int = 4
-    """Responses shown for each of the top features."""
-    resamples: int = 1000
-    """Bootstrap resamples of the images."""
-    batch_prompts: int = 16
-    """Responses run together."""
-    seed: int = 0
-    """Of resamples, and of which decisions are traced."""
-    split_seed: int = 0
-    """Of the splits; the same in every stage."""
-
-    def __post_init__(self):
-        for name in ("near", "at_least", "traced", "top", "rows", "resamples", "batch_prompts"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; choose at least 1")
-        if not 0 < self.alpha < 1:
-            raise UserError(f"alpha is {self.alpha}; choose a rate between 0 and 1")
-        if self.examples < 0:
-            raise UserError(f"examples is {self.examples}; choose at least 0")
 
 
 def contrast(
@@ -102,7 +63,7 @@ def contrast(
     found = compared(
         model, responses, about=s.about, near=s.near, at_least=s.at_least, split_seed=s.split_seed, without=without
     )
-    ours, *theirs = [_ranked(model, each, found, folder, s) for each in (coder, *runs.values())]
+    ours, *theirs = [rank(model, each, found, folder, s) for each in (coder, *runs.values())]
     others = dict(zip(runs, theirs, strict=True))
     table = _with_examples(model, coder, found, _features(ours, coder, s, others), folder, s)
     return Contrast(
@@ -117,13 +78,6 @@ def contrast(
         features=tuple(table),
         beside=tuple(look_beside(name, ours, other, s.top) for name, other in others.items()),
     )
-
-
-def _ranked(
-    model: LoadedModel, coder: CrossLayerTranscoder, found: Compared, folder: Path, s: ContrastSettings
-) -> Ranked:
-    names = ("traced", "alpha", "top", "resamples", "batch_prompts", "seed")
-    return rank(model, coder, found, folder, **{name: getattr(s, name) for name in names})
 
 
 def _counts(found: Compared, ours: Ranked) -> dict[str, int]:
@@ -165,7 +119,7 @@ def _features(
     fired = np.stack(np.split(ours.activations(chosen.tolist()) > 0, len(PLACES))).astype(np.float64)  # [L, N, K]
     places = ours.tests.place[chosen]
     frequency = weighing.changes(fired[places, :, np.arange(len(chosen))].T)
-    attribution, from_image = ours.traced.changes(total), ours.traced.changes(image)
+    attribution, from_image = ours.traced.changes(total), ours.traced.means(image)
     fires = [dict(zip(PLACES, weighing.means(fired[:, :, k].T), strict=True)) for k in range(len(chosen))]
     match = {name: best_match(ours, other, chosen[: s.top].tolist()) for name, other in others.items()}
     auroc, q, matched_auroc, matched_q = (ours.tests.best(name)[chosen].tolist() for name in FIGURES)
@@ -178,7 +132,7 @@ def _features(
             passes=bool(ours.passes[column]),
             frequency=frequency[k],
             attribution=attribution[k],
-            from_image=from_image[k].hallucinated,
+            from_image=from_image[k][0],
             stability=float(ours.stability[column]),
             modality=float(ours.firing.modality.flat[column]),
             fires=fires[k],

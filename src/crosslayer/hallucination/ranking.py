@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.hallucination.causes import Causes, causes
 from crosslayer.hallucination.comparing import Compared
+from crosslayer.hallucination.contrast_settings import ContrastSettings
 from crosslayer.hallucination.feature_table import Change
 from crosslayer.hallucination.firing import PLACES, Firing, fire
 from crosslayer.hallucination.statistics import (
@@ -135,13 +136,7 @@ def rank(
     coder: CrossLayerTranscoder,
     compared: Compared,
     folder: Path,
-    *,
-    traced: int,
-    alpha: float,
-    top: int,
-    resamples: int,
-    batch_prompts: int,
-    seed: int,
+    settings: ContrastSettings,
 ) -> Ranked:
     """Order a run's features: first those that pass the matched test, then by how they `drive` hallucinated decisions.
 
@@ -152,20 +147,15 @@ def rank(
         coder: the run.
         compared: decisions to compare.
         folder: that of the responses' file.
-        traced: hallucinated decisions to trace at most, and true ones.
-        alpha: false discovery rate.
-        top: how many features count as the top.
-        resamples: of the images.
-        batch_prompts: responses run together.
-        seed: of resamples, and of which decisions are traced.
+        settings: how to rank.
     """
-    firing = fire(model, coder, compared.decisions, folder, batch_prompts=batch_prompts)
+    firing = fire(model, coder, compared.decisions, folder, batch_prompts=settings.batch_prompts)
     tests = examine(firing, compared)
-    chosen = compared.some(traced, seed)
+    chosen = compared.some(settings.traced, settings.seed)
     found = causes(model, coder, [compared.decisions[i] for i in chosen], folder)
-    weighing = Weighing(compared.only(chosen), resamples, seed)
-    passes = np.nan_to_num(tests.matched_q, nan=1.0).min(0) <= alpha
+    weighing = Weighing(compared.only(chosen), settings.resamples, settings.seed)
+    passes = np.nan_to_num(tests.matched_q, nan=1.0).min(0) <= settings.alpha
     (these, those), total = weighing.weights, found.total
     order = best_first(drive(total.T @ these[0], total.T @ those[0]), passes)
-    stability = top_share((these[1:], those[1:]), total, passes, top)
+    stability = top_share((these[1:], those[1:]), total, passes, settings.top)
     return Ranked(compared, firing, tests, found, weighing, passes, order[tests.alive[order]], stability)

@@ -8,9 +8,9 @@ from tyro.conf import Positional, arg
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.errors import UserError
 from crosslayer.files import write_text
-from crosslayer.hallucination.contrast import ContrastSettings
 from crosslayer.hallucination.contrast import contrast as find_features
 from crosslayer.hallucination.contrast_page import write_page
+from crosslayer.hallucination.contrast_settings import ContrastSettings
 from crosslayer.hallucination.feature_table import CONTRAST
 from crosslayer.hallucination.responses import RESPONSES, Response, read_responses
 from crosslayer.hallucination.rewriting import without
