@@ -42,7 +42,7 @@ class Examined:
     @cached_property
     def alive(self) -> Bool[np.ndarray, " W"]:
         """Whether a feature fires at any place."""
-        return np.isfinite(self.q).any(axis=0)
+        return np.isfinite(self.best("q"))
 
     @cached_property
     def place(self) -> Int[np.ndarray, " W"]:
