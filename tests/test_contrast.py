@@ -151,7 +151,7 @@ def test_planted_firing_is_found_where_it_was_planted():
     acts["decision"][1][:, 7] = np.where(h, 5.0, 0.0) * (rng.random(N) < 0.8)  # AUROC 0.5 + 0.8 / 2
     zeros = np.zeros((S, F))
     firing = Firing({place: tuple(map(csr_array, parts)) for place, parts in acts.items()}, zeros, zeros)
-    result = examine(firing, Compared((), h, stratum, np.arange(N), ()))
+    result = examine(firing, Compared((), h, stratum, np.arange(N)))
     assert result.auroc[1, F + 7] == pytest.approx(0.9, abs=0.05)
     assert np.argwhere(result.matched_q <= 0.05).tolist() == [[1, F + 7]]
     assert tuple(PLACES)[result.place[F + 7]] == "decision"
@@ -165,6 +165,7 @@ def test_the_table_says_what_was_compared_and_orders_by_what_drives(found, said,
     assert (found.hallucinated, found.true) == tuple(
         sum(m.hallucinated is side for m in mentions) for side in (True, False)
     )
+    assert found.left_out == 0
     assert 0 < found.matched_true < found.true
     keys = [(not f.passes, -(f.attribution.hallucinated - max(f.attribution.true, 0))) for f in found.features]
     assert keys == sorted(keys)
@@ -244,6 +245,13 @@ def test_labels_that_cannot_be_compared_are_refused_with_what_it_takes(llava, sa
         contrast(llava, finished_coder(Wiring.full(2)), responses, folder, SETTINGS)
     with pytest.raises(UserError, match="names an object, so there is nothing to compare"):
         compared(llava, responses, about="questions")
+
+
+def test_mentions_without_a_token_span_are_left_out_and_counted(llava, said):
+    responses = [replace(r, mentions=(replace(r.mentions[0], tokens=None), *r.mentions[1:])) for r in said[0]]
+    select = [r for r in responses if split_of(r.image_id) == "select"]
+    found = compared(llava, [*responses, *said[0]], at_least=3)
+    assert found.left_out == len(select)
 
 
 def test_settings_out_of_range_are_refused():

@@ -35,11 +35,11 @@ class Compared:
     stratum: Int[np.ndarray, " N"]
     image: Int[np.ndarray, " N"]
     """Number of the image, from 0 on."""
-    strata: tuple[tuple[str, str, int], ...]
-    """Kind of response, object, and stretch of tokens, by number."""
+    left_out: int = 0
+    """Mentions without a decision: they have no token span, or the response without them parts from it nowhere."""
 
     @staticmethod
-    def of(made: Sequence[Decision], near: int) -> "Compared":
+    def of(made: Sequence[Decision], near: int, left_out: int = 0) -> "Compared":
         """Compare decisions, those whose mentions begin in the same stretch of `near` tokens with each other."""
         labels = [_stratum(decision, near) for decision in made]
         strata, images = sorted(set(labels)), sorted({decision.response.image_id for decision in made})
@@ -49,7 +49,7 @@ class Compared:
             np.array([decision.hallucinated for decision in made], bool),
             np.array([by_label[label] for label in labels], np.int64),
             np.array([by_image[decision.response.image_id] for decision in made], np.int64),
-            tuple(strata),
+            left_out,
         )
 
     @property
@@ -62,7 +62,7 @@ class Compared:
         """Some of the decisions, in strata as they are."""
         images = np.unique(self.image[chosen], return_inverse=True)[1]
         made = tuple(self.decisions[i] for i in chosen)
-        return Compared(made, self.hallucinated[chosen], self.stratum[chosen], images, self.strata)
+        return Compared(made, self.hallucinated[chosen], self.stratum[chosen], images)
 
     def some(self, most: int, seed: int) -> Int[np.ndarray, " n"]:
         """At most so many matched hallucinated decisions, and as many true ones of their strata, drawn by a seed."""
@@ -105,7 +105,8 @@ def compared(
     asked = [response for response in responses if response.kind in KINDS[about]]
     _check_spans(asked, about)
     chosen = split_responses(asked, seed=split_seed, at_least=at_least)[SPLIT]
-    found = Compared.of(decisions(model, chosen, without), near)
+    made = decisions(model, chosen, without)
+    found = Compared.of(made, near, sum(len(response.mentions) for response in chosen) - len(made))
     n, matched = (int((found.hallucinated & keep).sum()) for keep in (True, found.matched))
     if matched < at_least:
         raise UserError(

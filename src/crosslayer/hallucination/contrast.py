@@ -71,6 +71,7 @@ def contrast(
         run=run,
         settings=asdict(s),
         **_counts(found, ours),
+        left_out=found.left_out,
         margin=ours.traced.changes(ours.causes.margin[:, None])[0],
         alive=int(ours.tests.alive.sum()),
         tests=int(np.isfinite(ours.tests.q).sum()),

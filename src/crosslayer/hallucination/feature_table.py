@@ -120,6 +120,8 @@ class Contrast:
     matched_true: int
     traced_hallucinated: int
     traced_true: int
+    left_out: int
+    """Mentions that no token could be found to decide for."""
     margin: Change
     """By how many logits a mention is decided, at those traced."""
     alive: int

@@ -35,6 +35,10 @@ def contrast_table(found: Contrast, n: int = 15) -> str:
     lines = [table([*header, "stable", "modality"], rows), "", compared_text(found)]
     for other in found.beside:
         lines.append(f"{other.run}: {other.matched:.0%} of the top have a match, {other.matched_in_top:.0%} in its top")
+    if found.left_out:
+        lines.append(
+            f"{found.left_out:,} mentions left out: they have no token span, or no token that decides for them"
+        )
     return "\n".join(lines)
 
 
