@@ -10,10 +10,12 @@ from crosslayer.attribution.many import GRAPHS, Workers
 from crosslayer.errors import UserError
 from crosslayer.files import claim_folder, write_text
 from crosslayer.hallucination.circuits.find import CircuitSettings, find_circuits
+from crosslayer.hallucination.circuits.page import write_page
 from crosslayer.hallucination.circuits.record import CIRCUITS
 from crosslayer.hallucination.responses import RESPONSES, read_responses
 from crosslayer.model_options import AS_IT_IS
 from crosslayer.verbs.arguments import Loading, OtherModel, Overwrite, Run, check_positive, load_run
+from crosslayer.verbs.circuits_table import circuits_table
 
 PAGE, FOLDER = "circuits.html", "circuits"
 
@@ -46,7 +48,10 @@ def circuits(
     claim_folder(out / FOLDER / GRAPHS, True, ("*.json",) if overwrite else ())
     team = Workers(n=workers, load=partial(load_run, run, model, loading)) if workers > 1 else None
     found = find_circuits(loaded, coder, responses, path.parent, out / FOLDER, settings, run=run, workers=team)
+    write_page(out / PAGE, found, len(loaded.sites.layers))
     write_text(out / CIRCUITS, found.to_json() + "\n")
+    print(circuits_table(found))
+    print(f"\n{out / PAGE} shows them")
 
 
 def _responses_file(path: Path) -> Path:

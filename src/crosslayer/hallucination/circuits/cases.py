@@ -1,4 +1,4 @@
-"""Which answers are traced: hallucinated ones, true ones that match them, and true ones of objects never hallucinated."""
+"""Which answers are traced: hallucinated ones, true ones that match them, and others."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Circuits against what the bundled world planted: who makes the model name a partner that is not there?
 
-Measured where an object is named, on its word's logit. Nothing here but the last score looks at labels: pairs are ranked
-by what the sight and the word of one object add to the naming of another, in hallucinated and true mentions alike.
+Measured where an object is named, on its word's logit. Pairs are ranked by what the sight and the word of one object
+add to the naming of another, in hallucinated and true mentions alike, so that the ranking knows no labels.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -49,8 +49,9 @@ class Circuit:
 
     @property
     def missing(self) -> list[NodeChange]:
-        """Nodes that hold true answers down, or back, and do so less where the model hallucinates, the surest first."""
-        return [c for c in self.contrast.nodes if _holds_back(c)]
+        """Features that hold true answers back and do so less where the model hallucinates, the most missed first."""
+        found = [c for c in self.contrast.nodes if _holds_back(c)]
+        return sorted(found, key=lambda c: -c.effect.difference.value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,16 +138,10 @@ def _planted(found: Planted) -> dict[str, Any]:
 
 def _circuit(circuit: Circuit) -> dict[str, Any]:
     contrast = circuit.contrast.to_dict()
-    names = ("moment", "replacement_score", "completeness_score", "margin", "margin_true")
-    plain = {name: value for name, value in asdict_of(circuit, names).items()}
+    figures = ("replacement_score", "completeness_score", "margin", "margin_true")
+    plain = {"moment": circuit.moment} | {name: asdict(getattr(circuit, name)) for name in figures}
     return plain | {
         "drawn": list(map(asdict, circuit.drawn)),
         "missing": list(map(asdict, circuit.missing))[:LISTED],
         "contrast": contrast | {name: contrast[name][:LISTED] for name in ("nodes", "edges")},
     }
-
-
-def asdict_of(record: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Some fields of a record as JSON values."""
-    values = {name: getattr(record, name) for name in names}
-    return {name: asdict(value) if isinstance(value, Figure) else value for name, value in values.items()}

@@ -13,7 +13,7 @@ LEAD, NAMED, OTHER = "lead", "named", "other"
 
 
 def patches(response: Response) -> dict[int, str]:
-    """The object in each cell of a response's picture, and `background 3` where there is none; of other pictures nothing.
+    """The object in each cell of a response's picture, `background 3` where there is none; of other pictures nothing.
 
     The scene is drawn again from what its image's name says (`crosslayer.hallucination.scenes`).
     """
