@@ -13,6 +13,7 @@ from crosslayer.attribution.aggregate import NodeRow
 from crosslayer.attribution.node import INPUTS
 from crosslayer.attribution.roles import Role
 from crosslayer.hallucination.circuits.foresight import PUBLISHED, Foresight
+from crosslayer.hallucination.circuits.parts import TARGET
 from crosslayer.hallucination.circuits.planted import Planted
 from crosslayer.hallucination.circuits.record import Drawn
 
@@ -118,7 +119,7 @@ def _places(nodes: Sequence[NodeRow], n_layers: int) -> tuple[Places, dict[str, 
             for i, role in enumerate(roles if place == name else ()):
                 at[role] = (centres[name] + i - (len(roles) - 1) / 2, float(height))
         left += width + 0.8
-    at[Role("target", None, None, "", "")] = (centres.get("last", 0.0), n_layers + 1.0)
+    at[TARGET] = (centres.get("last", 0.0), n_layers + 1.0)
     return at, centres
 
 
@@ -134,5 +135,5 @@ def _colour(effect: float) -> str:
 
 def _svg(canvas: Canvas) -> str:
     text = io.StringIO()
-    canvas.savefig(text, format="svg", metadata={"Date": None})
+    canvas.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]

@@ -27,7 +27,7 @@ from crosslayer.hallucination.circuits.cases import (
 )
 from crosslayer.hallucination.circuits.foresight import Block, Foresight, check_enough, foresee
 from crosslayer.hallucination.circuits.looking import Looks, look
-from crosslayer.hallucination.circuits.parts import renamed
+from crosslayer.hallucination.circuits.parts import TARGET, renamed
 from crosslayer.hallucination.circuits.planted import WORDS, Naming, Planted, score_planted
 from crosslayer.hallucination.circuits.record import Circuit, Circuits, Drawn, features_of
 from crosslayer.hallucination.circuits.standing import LEAD_OF, parts
@@ -116,7 +116,7 @@ def find_circuits(
         settings=asdict(s),
         counts=_counts(sets, graphs),
         circuits=circuits,
-        features=features_of(circuits, 0.05),
+        features=features_of(circuits),
         foresight=_foresight(model, sets, looks, graphs, found, s),
         planted=_planted(model, coder, graphs, found),
     )
@@ -183,7 +183,7 @@ def _circuit(moment: str, graphs: Sequence[Asked], found: Sequence[Tally], s: Ci
 
 def _drawn(name: str, found: Aggregate) -> Drawn:
     nodes = found.nodes[:SHOWN_NODES]
-    shown = {row.role for row in nodes}
+    shown = {row.role for row in nodes} | {TARGET}
     edges = [row for row in found.edges if row.source in shown and row.target in shown]
     return Drawn(name=name, n=len(found), nodes=nodes, edges=tuple(edges[:SHOWN_EDGES]))
 

@@ -13,6 +13,9 @@ from crosslayer.attribution.roles import Role
 from crosslayer.attribution.tally import Tally
 
 
+TARGET = Role("target", None, None, "", "")
+
+
 def renamed(found: Tally, names: Mapping[str, str]) -> Tally:
     """A graph in which places and words have other names, and roles that become one are added up."""
     number: dict[Role, int] = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from crosslayer.attribution.aggregate import EdgeRow, NodeRow
-from crosslayer.attribution.contrast import Contrast, NodeChange
+from crosslayer.attribution.contrast import ALPHA, Contrast, NodeChange
 from crosslayer.errors import UserError
 from crosslayer.files import nulls, read_json
 from crosslayer.hallucination.circuits.foresight import PUBLISHED, Foresight
@@ -17,6 +17,8 @@ from crosslayer.metrics import Figure
 SCHEMA = 1
 CIRCUITS = "circuits.json"
 """Name of the record in a folder of results."""
+HELD = 0.01
+"""Logits by which a feature lowers true targets, at least, to count as holding them back."""
 LISTED = 200
 """Nodes, and edges, of a contrast that are listed, the surest first."""
 
@@ -111,7 +113,7 @@ def read_circuit(path: str | Path) -> tuple[tuple[int, int], ...]:
     return tuple(dict.fromkeys((row["layer"], row["feature"]) for row in record["features"]))
 
 
-def features_of(circuits: Sequence[Circuit], alpha: float) -> tuple[CircuitFeature, ...]:
+def features_of(circuits: Sequence[Circuit]) -> tuple[CircuitFeature, ...]:
     """The features whose effect is above 0 where the model hallucinates, and above that in true answers."""
     found = [
         CircuitFeature(
@@ -121,13 +123,14 @@ def features_of(circuits: Sequence[Circuit], alpha: float) -> tuple[CircuitFeatu
         for circuit in circuits
         for c in circuit.contrast.nodes
         if c.role.layer is not None and c.role.feature is not None
-        and c.effect.q <= alpha and c.effect.here > max(0.0, c.effect.there)
+        and c.effect.q <= ALPHA and c.effect.here > max(0.0, c.effect.there)
     ]  # fmt: skip
     return tuple(sorted(found, key=lambda f: f.effect_true - f.effect))
 
 
 def _holds_back(c: NodeChange) -> bool:
-    return c.role.kind == "feature" and c.effect.q <= 0.05 and c.effect.there < min(0.0, c.effect.here)
+    surely = c.role.kind == "feature" and c.effect.q <= ALPHA
+    return surely and c.effect.there <= min(-HELD, c.effect.here)
 
 
 def _planted(found: Planted) -> dict[str, Any]:
