@@ -2,7 +2,7 @@
 
 The best weights lie in the span of the rows, so the search runs in as many dimensions as there are rows at most.
 
-Axes: n rows, C columns, R rotated columns.
+Axes: n rows, C columns, R rotated columns, W their weights and the intercept.
 """
 
 from dataclasses import dataclass
@@ -61,8 +61,8 @@ def _left_out(x: np.ndarray, yes: np.ndarray, out: Bool[np.ndarray, " n"], stren
 
 
 def _loss(
-    at: Float[np.ndarray, " R+1"], x: Float[np.ndarray, "n R"], yes: Bool[np.ndarray, " n"], strength: float
-) -> tuple[float, Float[np.ndarray, " R+1"]]:
+    at: Float[np.ndarray, " W"], x: Float[np.ndarray, "n R"], yes: Bool[np.ndarray, " n"], strength: float
+) -> tuple[float, Float[np.ndarray, " W"]]:
     """Penalised mean loss and its gradient."""
     odds = x @ at[1:] + at[0]
     wrong = (expit(odds) - yes) / len(yes)

@@ -158,7 +158,7 @@ def _sights(namings: Sequence[Naming]) -> list[Sight]:
     """Leads and other objects, where the mention is hallucinated, true beside its lead, or of an object without one."""
     with_lead = [n for n in namings if LEAD_OF.get(n.object) in n.places.values()]
     hallucinated, beside = ([n for n in with_lead if n.hallucinated == kind] for kind in (True, False))
-    plain = [n for n in namings if n.object not in LEAD_OF]
+    plain = [n for n in namings if n.object not in LEAD_OF and not n.hallucinated]
     return [
         _sight("lead, hallucinated", hallucinated, lambda n: [str(LEAD_OF[n.object])]),
         _sight("other objects, hallucinated", hallucinated, _others),
