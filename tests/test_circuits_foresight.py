@@ -6,7 +6,7 @@ import scipy.optimize
 from scipy.stats import mannwhitneyu
 
 from crosslayer import UserError
-from crosslayer.hallucination.circuits.foresight import Block, auc, foresee
+from crosslayer.hallucination.circuits.foresight import Block, auc, auc_within, foresee
 from crosslayer.hallucination.circuits.logistic import fit, folds
 
 
@@ -22,6 +22,15 @@ def test_auc_is_mann_whitneys_with_ties():
     expected = mannwhitneyu(score[yes], score[~yes]).statistic / (yes.sum() * (~yes).sum())
     assert auc(score, yes) == pytest.approx(expected)
     assert np.isnan(auc(score, np.ones_like(yes)))
+
+
+def test_pairs_of_different_folds_are_not_compared():
+    x, yes, image = toy()
+    parts = folds(image, 5, 0)
+    pairs = [(i, j) for i in np.flatnonzero(yes) for j in np.flatnonzero(~yes) if parts[i] == parts[j]]
+    expected = np.mean([x[i, 0] > x[j, 0] for i, j in pairs])
+    assert auc_within(x[:, 0], yes, parts) == pytest.approx(expected)
+    assert auc_within(x[:, 0] - 9.0 * parts, yes, parts) == pytest.approx(expected)
 
 
 def test_an_image_is_in_one_fold_and_folds_are_of_a_size():

@@ -64,17 +64,17 @@ def foresee(
     check_enough(hallucinated, image)
     parts = folds(image, OUTER, seed)
     odds = {name: predicted(blocks, hallucinated, image, parts) for name, blocks in sets.items()}
-    drawn = {name: _drawn(values, hallucinated, image, seed) for name, values in odds.items()}
+    drawn = {name: _drawn(values, hallucinated, parts, image, seed) for name, values in odds.items()}
+    whole = {name: auc_within(values, hallucinated, parts) for name, values in odds.items()}
     first = next(iter(sets))
-    base = auc(odds[first], hallucinated)
     return tuple(
         Foresight(
             name,
-            _figure(auc(values, hallucinated), drawn[name]),
-            _figure(auc(values, hallucinated) - base, drawn[name] - drawn[first]),
+            _figure(whole[name], drawn[name]),
+            _figure(whole[name] - whole[first], drawn[name] - drawn[first]),
             sum(min(block.at_most or block.values.shape[1], block.values.shape[1]) for block in sets[name]),
         )
-        for name, values in odds.items()
+        for name in sets
     )
 
 
@@ -110,14 +110,32 @@ def auc(score: Float[np.ndarray, " n"], yes: Bool[np.ndarray, " n"]) -> float:
     return float((rankdata(score)[yes].sum() - n * (n + 1) / 2) / (n * m)) if n * m else float("nan")
 
 
+def auc_within(score: Float[np.ndarray, " n"], yes: Bool[np.ndarray, " n"], parts: Int[np.ndarray, " n"]) -> float:
+    """The same for pairs inside one fold only.
+
+    Scores of different classifiers are not compared: the more hallucinations a fold has by chance, the fewer its
+    classifier has seen, which would hold the AUC of a useless one below 0.5.
+    """
+    wins = pairs = 0.0
+    for part in np.unique(parts):
+        rows = parts == part
+        n = int(yes[rows].sum()) * int((~yes[rows]).sum())
+        wins, pairs = wins + (n and n * auc(score[rows], yes[rows])), pairs + n
+    return wins / pairs if pairs else float("nan")
+
+
 def _drawn(
-    score: Float[np.ndarray, " n"], yes: Bool[np.ndarray, " n"], image: Int[np.ndarray, " n"], seed: int
+    score: Float[np.ndarray, " n"],
+    yes: Bool[np.ndarray, " n"],
+    parts: Int[np.ndarray, " n"],
+    image: Int[np.ndarray, " n"],
+    seed: int,
 ) -> Float[np.ndarray, " R"]:
     """The AUC in resamples of the images; the same images for every set."""
     rng = np.random.default_rng([seed, 1])
     rows = [np.flatnonzero(image == number) for number in np.unique(image)]
     picks = (np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))]) for _ in range(RESAMPLES))
-    return np.array([auc(score[pick], yes[pick]) for pick in picks])
+    return np.array([auc_within(score[pick], yes[pick], parts[pick]) for pick in picks])
 
 
 def _figure(value: float, drawn: Float[np.ndarray, " R"]) -> Figure:

@@ -12,7 +12,6 @@ from crosslayer.attribution.influence import sums
 from crosslayer.attribution.roles import Role
 from crosslayer.attribution.tally import Tally
 
-
 TARGET = Role("target", None, None, "", "")
 
 
