@@ -12,7 +12,7 @@ from crosslayer.errors import UserError
 from crosslayer.hallucination.circuits.looking import Looks, quoted
 from crosslayer.hallucination.circuits.standing import patches
 from crosslayer.hallucination.decisions import Decision
-from crosslayer.hallucination.responses import Mention, Response
+from crosslayer.hallucination.responses import CAPTION, Mention, Response
 from crosslayer.zoo.emoji_llava.language import listed
 
 HALLUCINATED, TRUE, REFERENCE = "hallucinated", "true", "reference"
@@ -57,8 +57,13 @@ def choose_sets(made: Sequence[Decision], n: int, seed: int) -> dict[str, list[D
     hallucinated = [d for d in order if d.hallucinated][:n]
     true = _matched(hallucinated, [d for d in order if not d.hallucinated])
     ever = {d.mention.object for d in made if d.hallucinated}
-    apart = [d for d in order if d.mention.object not in ever and len(d.response.truth) > 1 and patches(d.response)]
+    apart = [d for d in order if d.mention.object not in ever and _shows_more(d.response)]
     return {HALLUCINATED: hallucinated, TRUE: true, REFERENCE: apart[: n // 2]}
+
+
+def _shows_more(response: Response) -> bool:
+    """Whether a caption's picture shows several objects, and it is known where."""
+    return response.kind == CAPTION and len(response.truth) > 1 and bool(patches(response))
 
 
 def _matched(these: Sequence[Decision], those: Sequence[Decision]) -> list[Decision]:
@@ -89,7 +94,8 @@ def asked(sets: dict[str, list[Decision]], looks: Looks, tokenizer: Any, folder:
                 graphs.append(_asked(decision, DECISION, decision.place, " - ".join(map(str, pair)), name, folder))
             start = _naming(decision)
             word = quoted(tokenizer, _ids(decision)[start])
-            if word is not None and start != decision.place:
+            by_itself = decision.response.kind == CAPTION and (start != decision.place or name == REFERENCE)
+            if word is not None and by_itself:
                 graphs.append(_asked(decision, NAMING, start, word, name, folder))
     return graphs
 

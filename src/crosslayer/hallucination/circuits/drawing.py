@@ -66,7 +66,7 @@ def foresight_figure(found: Sequence[Foresight]) -> str:
             axes.plot([row.auc.value], [y], "o", color=RAISES)
         axes.axvline(0.5, color=GREY, linewidth=0.8)
         axes.axvline(PUBLISHED, color=LOWERS, linewidth=0.8, linestyle="--")
-        axes.annotate(f"published {PUBLISHED}", (PUBLISHED, len(rows) - 0.6), color=LOWERS, ha="center", va="bottom")
+        axes.annotate(f"published {PUBLISHED}", (PUBLISHED + 0.005, len(rows) - 0.5), color=LOWERS, va="center")
         axes.set_yticks(range(len(rows)), [row.name for row in rows])
         axes.set_ylim(-0.6, len(rows) - 0.1)
         axes.set_xlabel("AUC on images that the classifier has not seen, 95 % interval over images")
@@ -88,7 +88,8 @@ def _circuit(axes: Axes, found: Drawn, n_layers: int, n_nodes: int) -> None:
     axes.set_xticks(list(centres.values()), [name or "target" for name in centres])
     axes.tick_params(length=0)
     axes.set_ylim(-0.9, n_layers + 1.6)
-    axes.grid(axis="y", color="#efefec", zorder=0)
+    axes.grid(axis="y", color="#efefec")
+    axes.set_axisbelow(True)
     axes.set_title(f"{found.name}: mean of {found.n} graphs", fontsize=10, loc="left")
 
 

@@ -1,6 +1,6 @@
 """What can be seen of a decision before its token is given: the likeliest tokens and the active features.
 
-Axes: n decisions, S sources, F features a source.
+Axes: n decisions, C features of all sources.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class Looks:
     """Id of the likeliest of the others that can be written alone."""
     log_odds: Float[np.ndarray, " n"]
     """Of the likeliest token against all others."""
-    acts: Float[np.ndarray, "n S*F"]
+    acts: Float[np.ndarray, "n C"]
 
 
 def look(model: LoadedModel, coder: CrossLayerTranscoder, made: Sequence[Decision], folder: Path) -> Looks:
