@@ -32,6 +32,7 @@ def model():
 @pytest.fixture(scope="module")
 def coder():
     coder = finished_coder(Wiring.full(10), D=128, F=16)
+    coder.with_thresholds(torch.full((10, 16), 3.0))
     coder.provenance = Provenance("emoji-llava", read="resid")
     return coder
 
@@ -92,7 +93,7 @@ def test_a_feature_writes_the_words_it_raises(model, coder):
 def test_the_verb_finds_circuits_and_goes_on_where_it_ended(run, model, coder, answers, tmp_path):
     coder.save(tmp_path / "run")
     out = tmp_path / "out"
-    command = ["hallucination", "circuits", tmp_path / "run", answers[1], "--out", out, "--cases", 14]
+    command = ["hallucination", "circuits", tmp_path / "run", answers[1], "--out", out, "--cases", 11, "--max-features", 4]
     code, printed, err = run(*command)
     assert code == 0, err
     assert "lead, hallucinated" in printed
@@ -100,7 +101,7 @@ def test_the_verb_finds_circuits_and_goes_on_where_it_ended(run, model, coder, a
     first = (out / CIRCUITS).read_bytes()
     record = json.loads(first)
     assert [circuit["moment"] for circuit in record["circuits"]] == ["decision", "naming"]
-    assert record["counts"]["decision_hallucinated"] == record["counts"]["decision_true"] == 14
+    assert record["counts"]["decision_hallucinated"] == record["counts"]["decision_true"] == 11
     assert set(read_circuit(out / CIRCUITS)) == {(f["layer"], f["feature"]) for f in record["features"]}
     assert "<svg" in (out / "circuits.html").read_text()
     check_refused(run(*command), "circuits.json: already exists", "--overwrite")
@@ -110,7 +111,7 @@ def test_the_verb_finds_circuits_and_goes_on_where_it_ended(run, model, coder, a
     assert (out / CIRCUITS).read_bytes() == first
     other = finished_coder(Wiring.full(10), D=128, F=16, seed=1)
     with pytest.raises(UserError, match="was made with run"):
-        find_circuits(model, other, answers[0], answers[1], out / "circuits", CircuitSettings(cases=14))
+        find_circuits(model, other, answers[0], answers[1], out / "circuits", CircuitSettings(cases=11, max_features=4))
 
 
 def test_what_cannot_be_used_is_refused(model, coder, answers, tmp_path):

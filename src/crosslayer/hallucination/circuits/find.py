@@ -52,7 +52,7 @@ class CircuitSettings:
 
     about: str = "caption"
     """Kind of responses: caption or question."""
-    cases: int = 120
+    cases: int = 80
     """Hallucinated mentions at most; as many true ones, and half as many of objects that are never hallucinated."""
     share: float = 0.2
     """Nodes and edges are compared that the circuits of this share of the graphs have."""
