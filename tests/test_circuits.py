@@ -31,8 +31,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def coder():
-    coder = finished_coder(Wiring.full(10), D=128, F=16)
-    coder.with_thresholds(torch.full((10, 16), 3.0))
+    coder = finished_coder(Wiring.full(10), D=128, F=4)
+    coder.with_thresholds(torch.full((10, 4), 4.0))
     coder.provenance = Provenance("emoji-llava", read="resid")
     return coder
 
@@ -78,22 +78,22 @@ def test_a_look_sees_what_the_model_is_about_to_say(model, coder, answers):
     assert found.rival.tolist() == top[:, 1].tolist()
     rest = logits.scatter(1, top[:, :1], -torch.inf).logsumexp(1)
     assert found.log_odds == pytest.approx((logits.amax(1) - rest).numpy(), abs=1e-3)
-    assert found.acts.shape == (len(made), 10 * 16)
+    assert found.acts.shape == (len(made), 10 * 4)
 
 
 def test_a_feature_writes_the_words_it_raises(model, coder):
     words = ("dog", "bone", "star", "moon")
     ids = model.processor.tokenizer.convert_tokens_to_ids(list(words))
     head, norm = model.model.get_output_embeddings().weight.double(), model.model.get_decoder().norm.weight.double()
-    write = sum(coder.W_dec[3][5, t].double() for t in range(7))
+    write = sum(coder.W_dec[3][2, t].double() for t in range(7))
     expected = ((head @ (norm * write))[ids]).topk(2).indices.tolist()
-    assert list(writes(model, coder, words, 2)(3, 5)) == [words[i] for i in expected]
+    assert list(writes(model, coder, words, 2)(3, 2)) == [words[i] for i in expected]
 
 
 def test_the_verb_finds_circuits_and_goes_on_where_it_ended(run, model, coder, answers, tmp_path):
     coder.save(tmp_path / "run")
     out = tmp_path / "out"
-    command = ["hallucination", "circuits", tmp_path / "run", answers[1], "--out", out, "--cases", 11, "--max-features", 4]
+    command = ["hallucination", "circuits", tmp_path / "run", answers[1], "--out", out, "--cases", 11]
     code, printed, err = run(*command)
     assert code == 0, err
     assert "lead, hallucinated" in printed
@@ -109,9 +109,9 @@ def test_the_verb_finds_circuits_and_goes_on_where_it_ended(run, model, coder, a
     (out / "circuits" / "graphs" / "000003.json").unlink()
     assert run(*command)[0] == 0
     assert (out / CIRCUITS).read_bytes() == first
-    other = finished_coder(Wiring.full(10), D=128, F=16, seed=1)
+    other = finished_coder(Wiring.full(10), D=128, F=4, seed=1)
     with pytest.raises(UserError, match="was made with run"):
-        find_circuits(model, other, answers[0], answers[1], out / "circuits", CircuitSettings(cases=11, max_features=4))
+        find_circuits(model, other, answers[0], answers[1], out / "circuits", CircuitSettings(cases=11))
 
 
 def test_what_cannot_be_used_is_refused(model, coder, answers, tmp_path):

@@ -24,12 +24,14 @@ def writes(
     """
     tokenizer = getattr(model.processor, "tokenizer", model.processor)
     ids = torch.tensor([token_id(word, tokenizer) for word in words])
-    unembedding = model.model.get_output_embeddings().weight.detach().float()[ids]
+    head = model.model.get_output_embeddings()
+    assert head is not None, "a language model without an unembedding"
+    unembedding = head.weight.detach().float()[ids]
     norm = getattr(getattr(model.model.get_decoder(), "norm", None), "weight", None)
     directions = unembedding if norm is None else unembedding * norm.detach().float()
 
     def written(layer: int, feature: int) -> Sequence[str]:
         write = coder.W_dec[coder.sources.index(layer)][feature].detach().float().sum(0)
-        return [words[i] for i in (directions @ write).topk(n).indices.tolist()]
+        return [words[int(i)] for i in (directions @ write).topk(n).indices.tolist()]
 
     return written
