@@ -6,7 +6,7 @@ import scipy.optimize
 from scipy.stats import mannwhitneyu
 
 from crosslayer import UserError
-from crosslayer.hallucination.circuits.foresight import Block, auc, auc_within, foresee
+from crosslayer.hallucination.circuits.foresight import Block, auc_within, foresee
 from crosslayer.hallucination.circuits.logistic import fit, folds
 
 
@@ -18,19 +18,24 @@ def toy(n=160, columns=6, seed=0):
 
 def test_auc_is_mann_whitneys_with_ties():
     x, yes, _ = toy()
-    score = x[:, 0].round(0)
+    score, one, ones = x[:, 0].round(0), np.zeros(len(yes), int), np.ones((1, len(yes)))
     expected = mannwhitneyu(score[yes], score[~yes]).statistic / (yes.sum() * (~yes).sum())
-    assert auc(score, yes) == pytest.approx(expected)
-    assert np.isnan(auc(score, np.ones_like(yes)))
+    assert auc_within(score, yes, one, ones) == pytest.approx(expected)
+    assert np.isnan(auc_within(score, np.ones_like(yes), one, ones)).all()
+    counts = np.random.default_rng(2).integers(3, size=len(yes))
+    again = np.repeat(np.arange(len(yes)), counts)
+    drawn, of = score[again], yes[again]
+    expected = mannwhitneyu(drawn[of], drawn[~of]).statistic / (of.sum() * (~of).sum())
+    assert auc_within(score, yes, one, counts[None].astype(float)) == pytest.approx(expected)
 
 
 def test_pairs_of_different_folds_are_not_compared():
     x, yes, image = toy()
-    parts = folds(image, 5, 0)
+    parts, ones = folds(image, 5, 0), np.ones((1, len(yes)))
     pairs = [(i, j) for i in np.flatnonzero(yes) for j in np.flatnonzero(~yes) if parts[i] == parts[j]]
     expected = np.mean([x[i, 0] > x[j, 0] for i, j in pairs])
-    assert auc_within(x[:, 0], yes, parts) == pytest.approx(expected)
-    assert auc_within(x[:, 0] - 9.0 * parts, yes, parts) == pytest.approx(expected)
+    assert auc_within(x[:, 0], yes, parts, ones) == pytest.approx(expected)
+    assert auc_within(x[:, 0] - 9.0 * parts, yes, parts, ones) == pytest.approx(expected)
 
 
 def test_an_image_is_in_one_fold_and_folds_are_of_a_size():

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import rankdata
 
 from crosslayer.errors import UserError
 from crosslayer.hallucination.circuits.logistic import FOLDS, fit_chosen, folds
@@ -64,17 +63,17 @@ def foresee(
     check_enough(hallucinated, image)
     parts = folds(image, OUTER, seed)
     odds = {name: predicted(blocks, hallucinated, image, parts) for name, blocks in sets.items()}
-    drawn = {name: _drawn(values, hallucinated, parts, image, seed) for name, values in odds.items()}
-    whole = {name: auc_within(values, hallucinated, parts) for name, values in odds.items()}
-    first = next(iter(sets))
+    weights = _drawn(image, seed)
+    aucs = {name: auc_within(values, hallucinated, parts, weights) for name, values in odds.items()}
+    first = next(iter(aucs.values()))
     return tuple(
         Foresight(
             name,
-            _figure(whole[name], drawn[name]),
-            _figure(whole[name] - whole[first], drawn[name] - drawn[first]),
+            _figure(found),
+            _figure(found - first),
             sum(min(block.at_most or block.values.shape[1], block.values.shape[1]) for block in sets[name]),
         )
-        for name in sets
+        for name, found in aucs.items()
     )
 
 
@@ -104,39 +103,38 @@ def predicted(
     return odds
 
 
-def auc(score: Float[np.ndarray, " n"], yes: Bool[np.ndarray, " n"]) -> float:
-    """Share of the pairs of a yes and a no in which the yes scores higher, ties counting half; NaN without pairs."""
-    n, m = int(yes.sum()), int((~yes).sum())
-    return float((rankdata(score)[yes].sum() - n * (n + 1) / 2) / (n * m)) if n * m else float("nan")
-
-
-def auc_within(score: Float[np.ndarray, " n"], yes: Bool[np.ndarray, " n"], parts: Int[np.ndarray, " n"]) -> float:
-    """The same for pairs inside one fold only.
-
-    Scores of different classifiers are not compared: the more hallucinations a fold has by chance, the fewer its
-    classifier has seen, which would hold the AUC of a useless one below 0.5.
-    """
-    wins = pairs = 0.0
-    for part in np.unique(parts):
-        rows = parts == part
-        n = int(yes[rows].sum()) * int((~yes[rows]).sum())
-        wins, pairs = wins + (n and n * auc(score[rows], yes[rows])), pairs + n
-    return wins / pairs if pairs else float("nan")
-
-
-def _drawn(
+def auc_within(
     score: Float[np.ndarray, " n"],
     yes: Bool[np.ndarray, " n"],
     parts: Int[np.ndarray, " n"],
-    image: Int[np.ndarray, " n"],
-    seed: int,
+    weights: Float[np.ndarray, "R n"],
 ) -> Float[np.ndarray, " R"]:
-    """The AUC in resamples of the images; the same images for every set."""
-    rng = np.random.default_rng([seed, 1])
-    rows = [np.flatnonzero(image == number) for number in np.unique(image)]
-    picks = (np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))]) for _ in range(RESAMPLES))
-    return np.array([auc_within(score[pick], yes[pick], parts[pick]) for pick in picks])
+    """Share of the pairs of a yes and a no in which the yes scores higher, ties counting half; NaN without pairs.
+
+    Only pairs inside one fold count, as scores of different classifiers cannot be compared: the more hallucinations a
+    fold has by chance, the fewer its classifier has seen, which would hold the AUC of a useless one below 0.5.
+
+    Args:
+        score: the higher, the likelier a yes.
+        yes: the truth.
+        parts: folds.
+        weights: how often each row counts, a line a resample.
+    """
+    pairs = (parts[yes, None] == parts[~yes]).astype(float)
+    wins = (score[yes, None] > score[~yes]) + 0.5 * (score[yes, None] == score[~yes])
+    these, those = weights[:, yes], weights[:, ~yes]
+    top, below = ((these @ part * those).sum(1) for part in (wins * pairs, pairs))
+    return np.divide(top, below, out=np.full_like(top, np.nan), where=below > 0)
 
 
-def _figure(value: float, drawn: Float[np.ndarray, " R"]) -> Figure:
-    return Figure(value, *map(float, np.nanpercentile(drawn, (2.5, 97.5))))
+def _drawn(image: Int[np.ndarray, " n"], seed: int) -> Float[np.ndarray, "R n"]:
+    """How often each row counts: once, and then in resamples of the images, the same for every set."""
+    groups, place = np.unique(image, return_inverse=True)
+    n = len(groups)
+    counts = np.random.default_rng([seed, 1]).multinomial(n, np.full(n, 1 / n), RESAMPLES)
+    return np.concatenate([np.ones((1, len(image))), counts[:, place]]).astype(float)
+
+
+def _figure(found: Float[np.ndarray, " R"]) -> Figure:
+    """The first value, with the interval of the others."""
+    return Figure(float(found[0]), *map(float, np.nanpercentile(found[1:], (2.5, 97.5))))
