@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 from tyro.conf import Suppress, arg, subcommand
 
-from crosslayer.verbs.contrasting import contrast
 from crosslayer.verbs.circuits import circuits
+from crosslayer.verbs.contrasting import contrast
 from crosslayer.verbs.scoring import score
 from crosslayer.verbs.suppressing import suppress
 
