@@ -1,21 +1,12 @@
 """What a person reads: terminal tables, figures, and one self-contained HTML page."""
 
-import base64
-import io
-from collections.abc import Callable
 from importlib.resources import files
 from math import isnan
 from pathlib import Path
-from typing import Any
 
 import jinja2
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import EngFormatter
-from PIL import Image
 
 from crosslayer.activations.manifest import Manifest
 from crosslayer.activations.reading import check_trainable
@@ -23,6 +14,7 @@ from crosslayer.activations.rows import IMAGE, UNKNOWN
 from crosslayer.activations.store import Store
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.demo import Arm, DemoResult
+from crosslayer.drawing import data_url, svg
 from crosslayer.errors import UserError
 from crosslayer.evaluation import Evaluation
 from crosslayer.files import size_text, write_text
@@ -32,16 +24,6 @@ from crosslayer.planning import Estimate
 from crosslayer.wiring import Wiring
 
 COLOURS = {"plt": "#c2703d", "clt": "#2f6f8f", "clt-next": "#8a8f98"}
-STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "axes.axisbelow": True,
-    "svg.hashsalt": "crosslayer",
-}
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -226,12 +208,12 @@ def write_report(path: Path, result: DemoResult) -> None:
         header=header,
         rows=rows,
         colours=COLOURS,
-        picture=_png,
+        picture=data_url,
         figures={
-            "agreement": _svg(lambda ax: _agreement_bars(ax, result)),
-            "seconds": _svg(lambda ax: _agreement_by_seconds(ax, result)),
-            "layers": _svg(lambda ax: _fvu_by_layer(ax, result)),
-            "training": _svg(lambda ax: _training_curves(ax, result)),
+            "agreement": svg(lambda ax: _agreement_bars(ax, result)),
+            "seconds": svg(lambda ax: _agreement_by_seconds(ax, result)),
+            "layers": svg(lambda ax: _fvu_by_layer(ax, result)),
+            "training": svg(lambda ax: _training_curves(ax, result)),
         },
     )
     write_text(path, page)
@@ -276,22 +258,6 @@ def _layer_cells(result: Evaluation, modality: str, layer: int) -> list[str]:
     figures = result.layers[modality][layer]
     fvu = figures.fvu.value
     return ["-" if isnan(fvu) else f"{fvu:.4f}", f"{figures.l0.value:.1f}", f"{figures.dead_fraction:.0%}"]
-
-
-def _svg(draw: Callable[[Axes], None]) -> str:
-    with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(5.6, 3.5), layout="constrained")
-        draw(canvas.add_subplot())
-        buffer = io.BytesIO()
-        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return buffer.getvalue().decode().split("?>", 1)[1].split(">", 1)[1]
-
-
-def _png(picture: Image.Image, scale: int = 2) -> str:
-    """A data URL of the picture, enlarged without smoothing."""
-    buffer = io.BytesIO()
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _agreement_bars(ax: Axes, result: DemoResult) -> None:

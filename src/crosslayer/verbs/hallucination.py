@@ -6,6 +6,7 @@ from tyro.conf import Suppress, arg, subcommand
 
 from crosslayer.verbs.circuits import circuits
 from crosslayer.verbs.contrasting import contrast
+from crosslayer.verbs.proving import report
 from crosslayer.verbs.scoring import score
 from crosslayer.verbs.suppressing import suppress
 
@@ -14,6 +15,7 @@ Step = Annotated[
     | Annotated[Any, subcommand(name="contrast", constructor=contrast)]
     | Annotated[Any, subcommand(name="suppress", constructor=suppress)]
     | Annotated[Any, subcommand(name="circuits", constructor=circuits)]
+    | Annotated[Any, subcommand(name="report", constructor=report)]
     | Annotated[None, Suppress],  # a union needs two members
     arg(name=""),
 ]
