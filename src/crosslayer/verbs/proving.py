@@ -13,6 +13,7 @@ from crosslayer.data.load import EMOJI_SCENES, load_data
 from crosslayer.data.reading import DATA_KINDS
 from crosslayer.errors import UserError
 from crosslayer.files import read_json, write_json
+from crosslayer.hallucination.circuits.record import CIRCUITS
 from crosslayer.hallucination.feature_table import CONTRAST
 from crosslayer.hallucination.prove.findings import findings, goals
 from crosslayer.hallucination.prove.page import write_page
@@ -32,6 +33,7 @@ from crosslayer.report import table
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.state import STATE
 from crosslayer.verbs.arguments import Loading, OtherModel, check_positive, load_run
+from crosslayer.verbs.circuits import circuits
 from crosslayer.verbs.contrasting import contrast
 from crosslayer.verbs.scoring import BUNDLED_MODEL, SCORE, Truth, score
 from crosslayer.verbs.suppressing import SCENES, suppress
@@ -76,6 +78,7 @@ def report(
         int, arg(help="Images of the test for the dose curves, and on which chance is measured.")
     ] = Protocol.control_images,
     doses: Annotated[tuple[float, ...], arg(help="Strengths of the dose curves; some below 0.")] = DOSES,
+    workers: Annotated[int, arg(help="Processes that trace circuits.")] = 1,
     seed: Annotated[int, arg(help="Seed of the trainings, the splits and of all that is drawn.")] = 0,
     batch_prompts: Annotated[int, arg(help="Prompts in one pass.")] = Protocol.batch_prompts,
     model: OtherModel = None,
@@ -83,8 +86,8 @@ def report(
 ) -> None:
     """Measure hallucination, find what causes it, suppress it, and prove it: one page for all of it.
 
-    The stages are those of `score`, `contrast` and `suppress`, each in files of its own; after an interruption, or
-    where a stage was run by itself with options of its own, the same command goes on from these files.
+    The stages are those of `score`, `contrast`, `circuits` and `suppress`, each in files of its own; after an
+    interruption, or where a stage was run by itself with options of its own, the same command goes on from these files.
     """
     check_positive(tokens=tokens, scenes=scenes, control_images=control_images, batch_prompts=batch_prompts)
     if not min(doses, default=0.0) < 0:
@@ -106,10 +109,15 @@ def report(
             lambda: contrast(str(run), None, out=out, model=model, loading=loading),
         ),
         _Stage(
+            "circuits", out / CIRCUITS, "through which paths",
+            lambda: circuits(str(run), None, out=out, workers=workers, model=model, loading=loading),
+        ),
+        _Stage(
             "suppress", out / SUPPRESS, "edits by every method",
             lambda: suppress(
-                str(run), data, out=out, beside=beside, plan=plan, weighing=weighing, calibration=calibration,
-                control_images=control_images, seed=seed, batch_prompts=batch_prompts, model=model, loading=loading,
+                str(run), data, out=out, beside=beside, circuit=_circuit(out), plan=plan, weighing=weighing,
+                calibration=calibration, control_images=control_images, seed=seed, batch_prompts=batch_prompts,
+                model=model, loading=loading,
             ),
         ),
     )  # fmt: skip
@@ -118,7 +126,7 @@ def report(
     print(f"[{len(stages) + 1}/{len(stages) + 1}] prove: {out / REPORT}", flush=True)
     proof = prove(_trial(loaded, coder, out), coder.requires_grad_(False), other, doses)
     holds = {stage.file.name: stage.holds for stage in stages} | {EDIT: "the edit, for crosslayer generate --edit"}
-    holds["contrast.html"] = "where these features fire"
+    holds |= {"contrast.html": "where these features fire", "circuits.html": "these paths, drawn"}
     write_json(out / REPORT, {**proof.to_dict(), **_said(proof)})
     write_page(out / PAGE, proof, out, {REPORT: "all figures of this page", **holds})
     print(_summary(proof))
@@ -149,6 +157,11 @@ def _run(number: int, n: int, stage: _Stage) -> None:
     print(f"[{number}/{n}] {stage.name}", flush=True)
     stage.make()
     print(flush=True)
+
+
+def _circuit(out: Path) -> Path | None:
+    """The file of the circuits' features, where there are some."""
+    return out / CIRCUITS if read_json(out / CIRCUITS)["features"] else None
 
 
 def _trial(model: LoadedModel, coder: CrossLayerTranscoder, out: Path) -> Trial:
