@@ -22,8 +22,8 @@ from crosslayer.hallucination.suppress.selection import under
 
 FOLDER = "report"
 """Of what is tried here, in the folder of results."""
-HIGHEST = 4.0
-"""Strength up to which a collateral KL is looked for."""
+HIGHEST, STEPS = 4.0, 12
+"""Strength up to which a collateral KL is looked for, and halvings of that range."""
 ROUNDS = 3
 """In which the plain and the edited model take turns to be timed."""
 
@@ -84,9 +84,13 @@ class Bench:
         """That of a method."""
         return self.coders.get(method, self.coders[""])
 
+    def edit(self, outcome: Outcome, strength: float) -> Under:
+        """A method's edit at a strength; the model as it is where the method found nothing to edit."""
+        return partial(under, self.trial.model, self.coder(outcome.method), outcome.edits, strength)
+
     def at(self, outcome: Outcome, strength: float, panel: Panel, name: str) -> Tried:
-        """A method's edit at a strength; `name` tells this panel from others."""
-        edit = partial(under, self.trial.model, self.coder(outcome.method), outcome.edits, strength)
+        """Answers under a method's edit at a strength; `name` tells this panel from others."""
+        edit = self.edit(outcome, strength)
         record, answers = self._once(
             f"{outcome.method}-{name}-{strength:g}",
             (outcome.digest, strength),
@@ -101,15 +105,11 @@ class Bench:
     def at_equal_kl(self, outcome: Outcome) -> Tried:
         """On the test, a method's edit as strong as it takes for the kept edit's KL on the images for calibrating."""
         wanted = next(dose.kl for dose in self.kept.doses if dose.strength == self.kept.strength)
-        coder, collateral = self.coder(outcome.method), self.trial.calibrating.collateral
-
-        def kl(strength: float) -> float:
-            return collateral.kl(partial(under, self.trial.model, coder, outcome.edits, strength))
-
+        collateral = self.trial.calibrating.collateral
         low, high = 0.0, HIGHEST
-        for _ in range(12):
+        for _ in range(STEPS):
             middle = (low + high) / 2
-            low, high = (middle, high) if kl(middle) < wanted else (low, middle)
+            low, high = (middle, high) if collateral.kl(self.edit(outcome, middle)) < wanted else (low, middle)
         return self.at(outcome, round((low + high) / 2, 3), self.trial.testing, "equal-kl")
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class Bench:
         same, n, model = 0, 0, self.trial.model
         for some, batch in self.trial.control.batches:
             plain = model.model(**batch.inputs, use_cache=False).logits
-            with under(model, self.coder(self.kept.method), self.kept.edits, 0.0, batch):
+            with self.edit(self.kept, 0.0)(batch):
                 edited = model.model(**batch.inputs, use_cache=False).logits
             same += int((plain == edited).flatten(1).all(1).sum())
             n += len(some)
@@ -144,8 +144,7 @@ class Bench:
 
     def _timed(self) -> dict[str, float]:
         panel = self._panel("test", CAPTION, 64)
-        kept = self.kept
-        edit = partial(under, self.trial.model, self.coder(kept.method), kept.edits, kept.strength or 0.0)
+        edit = self.edit(self.kept, self.kept.strength or 0.0)
         times: dict[str, list[float]] = {"plain": [], "edited": []}
         for _ in range(ROUNDS):
             times["plain"].append(_seconds_a_token(panel, as_it_is))

@@ -1,0 +1,97 @@
+"""The commands of docs/tutorial-hallucination.md, one after the other, at small size; and what stops them."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from crosslayer import cli
+from crosslayer.files import read_json, write_json
+
+PAGE = Path(__file__).parent.parent / "docs" / "tutorial-hallucination.md"
+SMALL = {
+    "train": "--tokens 30000 --d-transcoder 64",
+    "score": "--limit 60",
+    "contrast": "--traced 8 --resamples 20 --examples 1 --at-least 3",
+    "circuits": "--cases 4 --max-features 40",
+    "suppress": "--group 8 --at-most 8 --rounds 2 --ranked 1 --sets 2 --control-images 16 --cases 24 --at-least 5 "
+    "--clean 4 --strengths -0.5 1 --points 30",
+    "report": "--doses -1 1",
+    "generate": "",
+}
+"""What is added to each command."""
+
+
+def call(monkeypatch, line):
+    """A command as a user types it; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def commands():
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    for line in "".join(blocks).replace("\\\n", "").splitlines():
+        words = line.split()
+        verb = words[2] if words[1] == "hallucination" else words[1]
+        known = {word for word in words if word.startswith("--")}
+        more = re.sub(r"--limit \S+", "", SMALL[verb]) if "--limit" in known else SMALL[verb]
+        yield verb, f"{re.sub('--limit 500', SMALL[verb], line) if '--limit' in known else line} {more}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where all commands of the tutorial have run."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for verb, line in commands():
+            assert call(patch, line) == 0, verb
+    return folder
+
+
+def test_the_tutorial_ends_in_a_page_and_its_figures(folder):
+    record = read_json(folder / "hallucination" / "report.json")
+    page = (folder / "hallucination" / "report.html").read_text()
+    assert record["unchanged"]["same"] == record["unchanged"]["prompts"] > 0
+    for finding in record["findings"]:
+        assert finding["evidence"].split(",")[0].replace('"', "&#34;") in page
+    assert not re.findall(r"(?:src|href)=\"https?:|@import|url\(http", page)
+
+
+def test_figures_of_the_report_are_shares_of_the_answers_on_disk(folder):
+    """Counted anew from the answers alone."""
+    out = folder / "hallucination"
+    record = read_json(out / "report.json")
+    for tested in record["methods"]:
+        before, after = (
+            [json.loads(line) for line in (out / "suppress" / f"{name}.jsonl").read_text().splitlines()]
+            for name in ("before", tested["method"])
+        )
+        assert [r["id"] for r in before] == [r["id"] for r in after]
+        for answers, side in ((before, "before"), (after, "after")):
+            lone = [
+                any(m["object"] == r["pair"][1] for m in r["mentions"])
+                for r in answers
+                if r["kind"] == "caption" and r["setting"] == "alone" and r["pair"]
+            ]
+            found = tested["changes"]["absent_named"][side]["value"]
+            captions = [r for r in answers if r["kind"] == "caption"]
+            recalled = sum(len({m["object"] for m in r["mentions"]} & set(r["truth"])) for r in captions)
+            assert tested["changes"]["object_recall"][side]["value"] == pytest.approx(
+                recalled / sum(len(r["truth"]) for r in captions)
+            )
+            assert found == pytest.approx(sum(lone) / len(lone))
+
+
+def test_a_report_of_another_run_is_refused_in_one_line(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert call(monkeypatch, "crosslayer hallucination report runs/plt --out hallucination") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "hallucination/edit.json: these edits are for run" in line
