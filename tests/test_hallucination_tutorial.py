@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from crosslayer import cli
-from crosslayer.files import read_json, write_json
+from crosslayer.files import read_json
 
 PAGE = Path(__file__).parent.parent / "docs" / "tutorial-hallucination.md"
 SMALL = {
-    "train": "--tokens 30000 --d-transcoder 64",
-    "score": "--limit 60",
-    "contrast": "--traced 8 --resamples 20 --examples 1 --at-least 3",
-    "circuits": "--cases 4 --max-features 40",
+    "train": "--tokens 16000 --d-transcoder 32",
+    "score": "--limit 40",
+    "contrast": "--traced 6 --resamples 20 --examples 1 --at-least 3",
+    "circuits": "--cases 3 --max-features 20",
     "suppress": "--group 8 --at-most 8 --rounds 2 --ranked 1 --sets 2 --control-images 16 --cases 24 --at-least 5 "
     "--clean 4 --strengths -0.5 1 --points 30",
     "report": "--doses -1 1",

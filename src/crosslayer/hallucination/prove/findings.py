@@ -38,6 +38,7 @@ KEPT = {
 class Finding:
     """A claim, and whether the data support it."""
 
+    topic: str
     claim: str
     supported: bool
     evidence: str
@@ -58,10 +59,10 @@ def findings(proof: Proof) -> list[Finding]:
         *(_lowered(proof, m.name) for m in LESS if m.name in proof.edit.changes),
         *(_retained(proof, m.name) for m in RETAINED if m.name in proof.edit.changes),
         *(_opposite(proof, m.name) for m in LESS if m.name in proof.opposite),
+        _nothing_at_0(proof),
         *map(_beyond_chance, proof.chance),
         *(finding for beaten in proof.beaten for finding in _beats(beaten)),
         *_at_equal_kl(proof),
-        _nothing_at_0(proof),
         _cost(proof),
     ]
 
@@ -74,6 +75,7 @@ def goals(proof: Proof) -> list[Goal]:
 def _lowered(proof: Proof, name: str) -> Finding:
     found, p = proof.edit.changes[name], proof.edit.holm[name]
     return Finding(
+        topic="Less is hallucinated",
         claim=f"The edit lowers {WORDS[name]}.",
         supported=found.difference.high < 0 and p < 1 - LEVEL,
         evidence=f"{_from_to(found)}; McNemar {found.lost} lost, {found.gained} gained, p = {p:.2g} after Holm"
@@ -84,6 +86,7 @@ def _lowered(proof: Proof, name: str) -> Finding:
 def _retained(proof: Proof, name: str) -> Finding:
     found = proof.edit.changes[name]
     return Finding(
+        topic="What is true is still said",
         claim=f"The edit costs no more than {POINTS:.0%} of {WORDS[name]}.",
         supported=found.difference.low >= -POINTS,
         evidence=_from_to(found) + ("" if found.difference.low >= -POINTS else _undecided(found)),
@@ -99,6 +102,7 @@ def _undecided(found: Change) -> str:
 def _opposite(proof: Proof, name: str) -> Finding:
     found = proof.opposite[name]
     return Finding(
+        topic="The edit is the cause",
         claim=f"The opposite edit, at strength {proof.lowest:g}, raises {WORDS[name]}.",
         supported=found.difference.low > 0,
         evidence=_from_to(found) + _needed(found),
@@ -108,7 +112,8 @@ def _opposite(proof: Proof, name: str) -> Finding:
 def _beyond_chance(chance: Chance) -> Finding:
     sets = chance.draws.replace("-", " ")
     return Finding(
-        claim=f"It is the edit's features, not any edit like it: {WORDS[chance.measure]}, against {sets}.",
+        topic="It is not chance",
+        claim=f"The edit leaves fewer {WORDS[chance.measure]} than all sets of {sets}.",
         supported=chance.edited < min(chance.drawn) and chance.p_value < 1 - LEVEL,
         evidence=f"{chance.edited:.3f} under the edit, {min(chance.drawn):.3f} to {max(chance.drawn):.3f} under "
         f"{len(chance.drawn)} sets, {chance.before:.3f} without; empirical p = {chance.p_value:.3f}",
@@ -123,10 +128,12 @@ def _beats(beaten: Beaten) -> Iterator[Finding]:
         worse = [name for name, change in recalls.items() if change.difference.high < 0]
         better = [name for name, change in recalls.items() if change.difference.low > 0]
         lower, no_higher = hallucinated.difference.high < 0, hallucinated.difference.low <= 0
-        shown = "; ".join(f"{WORDS[name]}: {_from_to(change)}" for name, change in recalls.items())
+        told = [f"{WORDS[name]}: {_from_to(recalls[name])}" for name in (*worse, *better)]
+        shown = "; ".join(told) or f"none of {len(recalls)} recalls differs clearly"
         yield Finding(
-            claim=f"The edit does better than a bias of {control.bias:+.2f} on {_said(control.tokens)} with the same "
-            f"{WORDS[control.measure]}: {WORDS[less]}.",
+            topic="It is more than saying less",
+            claim=f"The edit does better than a bias of {control.bias:+.2f} on {_said(control.tokens)} that leaves as "
+            f"many {WORDS[control.measure]}: {WORDS[less]}.",
             supported=not worse and (lower or (no_higher and bool(better))),
             evidence=f"from the control to the edit {_from_to(hallucinated)}{_needed(hallucinated)}; {shown}",
         )
@@ -139,7 +146,8 @@ def _at_equal_kl(proof: Proof) -> Iterator[Finding]:
     for name in (m.name for m in LESS if m.name in equal.changes):
         found = equal.changes[name]
         yield Finding(
-            claim=f"At equal collateral KL the run's edit leaves less than that of the run beside it: {WORDS[name]}.",
+            topic="A CLT against a PLT",
+            claim=f"At equal collateral KL the run's edit leaves fewer {WORDS[name]} than that of the run beside it.",
             supported=found.difference.high < 0,
             evidence=f"from {equal.method} at strength {equal.strength:g} (KL {equal.kl:.4f}) to {proof.kept} "
             f"(KL {equal.kept_kl:.4f}) {_from_to(found)}{_needed(found)}",
@@ -149,6 +157,7 @@ def _at_equal_kl(proof: Proof) -> Iterator[Finding]:
 def _nothing_at_0(proof: Proof) -> Finding:
     same, n = proof.unchanged["same"], proof.unchanged["prompts"]
     return Finding(
+        topic="The edit is the cause",
         claim="At strength 0 nothing changes.",
         supported=same == n,
         evidence=f"the logits of {same:,} of {n:,} prompts are the same, bit for bit",
@@ -158,6 +167,7 @@ def _nothing_at_0(proof: Proof) -> Finding:
 def _cost(proof: Proof) -> Finding:
     cost = proof.cost
     return Finding(
+        topic="What it costs",
         claim="The edited model is at most 1.3 times as slow.",
         supported=cost.ratio <= 1.3,
         evidence=f"{1000 * cost.edited:.2f} CPU ms a generated token against {1000 * cost.plain:.2f}: "
