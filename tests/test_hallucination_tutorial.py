@@ -13,12 +13,12 @@ from crosslayer.files import read_json
 
 PAGE = Path(__file__).parent.parent / "docs" / "tutorial-hallucination.md"
 SMALL = {
-    "train": "--tokens 16000 --d-transcoder 32",
+    "train": "--tokens 6000 --d-transcoder 16",
     "score": "--limit 40",
     "contrast": "--traced 6 --resamples 20 --examples 1 --at-least 3",
-    "circuits": "--cases 3 --max-features 20",
-    "suppress": "--group 8 --at-most 8 --rounds 2 --ranked 1 --sets 2 --control-images 16 --cases 24 --at-least 5 "
-    "--clean 4 --strengths -0.5 1 --points 30",
+    "circuits": "--cases 12 --max-features 8",
+    "suppress": "--group 8 --at-most 8 --rounds 2 --ranked 1 --sets 1 --control-images 12 --cases 10 --at-least 5 "
+    "--clean 2 --strengths 1 --points 30",
     "report": "--doses -1 1",
     "generate": "",
 }
@@ -36,13 +36,11 @@ def call(monkeypatch, line):
 
 
 def commands():
+    """Verb and line of each command, at small size: the last of an option given twice counts."""
     blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    for line in "".join(blocks).replace("\\\n", "").splitlines():
-        words = line.split()
-        verb = words[2] if words[1] == "hallucination" else words[1]
-        known = {word for word in words if word.startswith("--")}
-        more = re.sub(r"--limit \S+", "", SMALL[verb]) if "--limit" in known else SMALL[verb]
-        yield verb, f"{re.sub('--limit 500', SMALL[verb], line) if '--limit' in known else line} {more}"
+    for line in "".join(blocks).splitlines():
+        verb = line.removeprefix("crosslayer ").removeprefix("hallucination ").split()[0]
+        yield verb, f"{line} {SMALL[verb]}"
 
 
 @pytest.fixture(scope="module")

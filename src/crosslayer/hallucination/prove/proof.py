@@ -30,7 +30,7 @@ COUNTED = ("object_recall", "length_words")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tested:
+class OnTest:
     """One method on the test."""
 
     method: str
@@ -97,7 +97,7 @@ class Proof:
     kept: str
     counts: dict[str, int]
     """Of the test: images, captions, questions."""
-    methods: tuple[Tested, ...]
+    methods: tuple[OnTest, ...]
     doses: dict[str, tuple[Point, ...]]
     """By method, on the images for control."""
     opposite: dict[str, Change]
@@ -111,7 +111,7 @@ class Proof:
     cost: Cost
 
     @property
-    def edit(self) -> Tested:
+    def edit(self) -> OnTest:
         """The edit that is kept, tested."""
         return next(tested for tested in self.methods if tested.method == self.kept)
 
@@ -209,12 +209,12 @@ def _outcome(folder: Path, method: str) -> Outcome:
     return found
 
 
-def _tested(folder: Path, outcome: Outcome, before: Sequence[Response]) -> Tested:
+def _tested(folder: Path, outcome: Outcome, before: Sequence[Response]) -> OnTest:
     assert outcome.test is not None
     found = changes(before, read_responses(answers_path(folder, outcome.method)))
     yes_or_no = [name for name in found if name not in COUNTED]
     adjusted = holm([found[name].p_value for name in yes_or_no])
-    return Tested(
+    return OnTest(
         method=outcome.method,
         edits=len(outcome.edits),
         strength=outcome.test.strength,
