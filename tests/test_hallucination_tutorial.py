@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from crosslayer import cli
 from crosslayer.files import read_json
@@ -93,3 +94,34 @@ def test_a_report_of_another_run_is_refused_in_one_line(folder, monkeypatch, cap
     assert call(monkeypatch, "crosslayer hallucination report runs/plt --out hallucination") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert "hallucination/edit.json: these edits are for run" in line
+
+
+POPE = {"question_id": 1, "image": "a.png", "text": "Is there a dog in the image?", "label": "no"}
+"""A question as POPE writes it."""
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("report runs/clt --out few --scenes 3", ["fall to the split", "needed", "in all would do"]),
+        (
+            "score --answers other.jsonl coco_pope_random.json --images . --out a",
+            ["other.jsonl:1", "none of 1 answers"],
+        ),
+        ("score emoji-llava fish.json --images . --out b", ["zebrafish", "synonym table coco", "--synonyms"]),
+        ("report --out c --doses 0.5 1", ["doses are (0.5, 1.0)", "below 0"]),
+        ("report --out d --tokens 0", ["tokens is 0"]),
+    ],
+    ids=["too few examples", "labels that match nothing", "an unknown object", "no opposite dose", "no tokens"],
+)
+def test_bad_input_is_one_clear_line(folder, monkeypatch, capsys, line, said):
+    monkeypatch.chdir(folder)
+    Image.new("RGB", (48, 48)).save("a.png")
+    Path("coco_pope_random.json").write_text(json.dumps(POPE))
+    Path("fish.json").write_text(json.dumps({**POPE, "text": "Is there a zebrafish in the image?"}))
+    Path("other.jsonl").write_text(json.dumps({"question_id": 77, "text": "yes"}))
+    assert call(monkeypatch, f"crosslayer hallucination {line}") == 2
+    err = [part for part in capsys.readouterr().err.splitlines() if part.startswith("crosslayer: ")]
+    assert len(err) == 1
+    for words in said:
+        assert words in err[0]

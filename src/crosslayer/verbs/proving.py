@@ -106,7 +106,7 @@ def report(
         ),
         _Stage(
             "contrast", out / CONTRAST, "which features act where",
-            lambda: contrast(str(run), None, out=out, model=model, loading=loading),
+            lambda: contrast(str(run), None, out=out, model=model, overwrite=True, loading=loading),
         ),
         _Stage(
             "circuits", out / CIRCUITS, "through which paths",
