@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from crosslayer.models.load import LoadedModel
 
-LIMIT = 16.0
+LIMIT = 8.0
 """Logits within which a bias is looked for."""
-HALVINGS = 9
+HALVINGS = 8
 """Of that range."""
 
 
@@ -25,7 +25,9 @@ def biased(model: LoadedModel, tokens: Collection[int], bias: float) -> Iterator
         added[sorted(tokens)] = bias
         return logits + added
 
-    handle = model.model.get_output_embeddings().register_forward_hook(hook)
+    head = model.model.get_output_embeddings()
+    assert head is not None, "a language model has a head"
+    handle = head.register_forward_hook(hook)
     try:
         yield
     finally:
