@@ -8,7 +8,7 @@ import torch
 from crosslayer.hallucination.evidence import Change, images_needed
 from crosslayer.hallucination.prove.biasing import HALVINGS, LIMIT, bias_for, biased
 from crosslayer.hallucination.prove.findings import findings, goals
-from crosslayer.hallucination.prove.proof import Chance, Cost, Proof, OnTest, plain
+from crosslayer.hallucination.prove.proof import Chance, Cost, OnTest, Proof, plain
 from crosslayer.metrics import Figure
 from test_replacement import batch_of
 
@@ -35,7 +35,7 @@ def change(name, before, difference, half):
     """A change whose interval is the difference +- half."""
     figure = Figure(difference, difference - half, difference + half)
     return Change(
-        name=name, before=Figure(before, before, before), after=Figure(before + difference, 0.0, 1.0), difference=figure,
+        name=name, difference=figure, before=Figure(before, before, before), after=Figure(before + difference, 0.0, 1.0),
         relative=difference / before, n_images=100, gained=1, lost=20, p_value=0.001,
         images_needed=images_needed(difference, half / 1.96, 100),
     )  # fmt: skip

@@ -115,10 +115,10 @@ POPE = {"question_id": 1, "image": "a.png", "text": "Is there a dog in the image
     [
         ("report runs/clt --out few --scenes 3", ["fall to the split", "needed", "in all would do"]),
         (
-            "score --answers other.jsonl coco_pope_random.json --images . --out a",
+            "score emoji-llava coco_pope_random.jsonl --answers other.jsonl --images . --out a",
             ["other.jsonl:1", "none of 1 answers"],
         ),
-        ("score emoji-llava fish.json --images . --out b", ["zebrafish", "synonym table coco", "--synonyms"]),
+        ("score emoji-llava fish.jsonl --images . --out b", ["zebrafish", "synonym table coco", "--synonyms"]),
         ("report --out c --doses 0.5 1", ["doses are (0.5, 1.0)", "below 0"]),
         ("report --out d --tokens 0", ["tokens is 0"]),
     ],
@@ -127,8 +127,8 @@ POPE = {"question_id": 1, "image": "a.png", "text": "Is there a dog in the image
 def test_bad_input_is_one_clear_line(folder, monkeypatch, capsys, line, said):
     monkeypatch.chdir(folder)
     Image.new("RGB", (48, 48)).save("a.png")
-    Path("coco_pope_random.json").write_text(json.dumps(POPE))
-    Path("fish.json").write_text(json.dumps({**POPE, "text": "Is there a zebrafish in the image?"}))
+    Path("coco_pope_random.jsonl").write_text(json.dumps(POPE))
+    Path("fish.jsonl").write_text(json.dumps({**POPE, "text": "Is there a zebrafish in the image?"}))
     Path("other.jsonl").write_text(json.dumps({"question_id": 77, "text": "yes"}))
     assert call(monkeypatch, f"crosslayer hallucination {line}") == 2
     err = [part for part in capsys.readouterr().err.splitlines() if part.startswith("crosslayer: ")]
