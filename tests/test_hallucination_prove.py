@@ -35,7 +35,8 @@ def change(name, before, difference, half):
     """A change whose interval is the difference +- half."""
     figure = Figure(difference, difference - half, difference + half)
     return Change(
-        name=name, difference=figure, before=Figure(before, before, before), after=Figure(before + difference, 0.0, 1.0),
+        name=name, difference=figure,
+        before=Figure(before, before, before), after=Figure(before + difference, 0, 1),
         relative=difference / before, n_images=100, gained=1, lost=20, p_value=0.001,
         images_needed=images_needed(difference, half / 1.96, 100),
     )  # fmt: skip
