@@ -18,7 +18,8 @@ from tqdm import tqdm
 from crosslayer.attribution.graph import AttributionGraph, Picture
 from crosslayer.attribution.influence import Edges, influence
 from crosslayer.attribution.node import Box, Node
-from crosslayer.attribution.rows import Parts, Rows, feature_rows, rows_of, split
+from crosslayer.attribution.parts import Parts, split
+from crosslayer.attribution.rows import Rows, feature_rows, rows_of
 from crosslayer.attribution.targets import Target, named, salient, weighted
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Example, open_image
@@ -145,17 +146,14 @@ class _Growing:
         P, L = len(inputs), local.n_layers
         self.at_between = {layer: self._place([_added(layer, node) for node in inputs]) for layer in local.between}
         self.at_biases = self._place([Node(kind="bias", layer=layer if layer < L else None) for layer in range(L + 1)])
-        self.at_features = [
-            self._place(
-                [
-                    Node(kind="feature", layer=found.layer, position=p, feature=f, activation=a)
-                    for p, f, a in zip(
-                        *(t.tolist() for t in (found.positions, found.features, found.activations)), strict=True
-                    )
-                ]
-            )
-            for found in parts.active
-        ]
+        active = parts.active
+        columns = (t.tolist() for t in (active.layers, active.positions, active.features, active.activations))
+        self.at_features = self._place(
+            [
+                Node(kind="feature", layer=layer, position=p, feature=f, activation=a)
+                for layer, p, f, a in zip(*columns, strict=True)
+            ]
+        )
         self.at_errors = self._place(
             [Node(kind="error", layer=layer, position=p) for layer in range(L) for p in range(P)]
         )
@@ -186,7 +184,7 @@ class _Growing:
         started, total, done = time.monotonic(), self.parts.n_features, 0
         wanted = min(budget.features or total, total)
         step = wanted if wanted == total and budget.seconds is None else -(-wanted // ROUNDS)
-        left = torch.cat(self.at_features)
+        left = self.at_features
         with tqdm(total=wanted, unit="row", desc="graph", disable=None, leave=False) as bar:
             while done < wanted and (budget.seconds is None or time.monotonic() - started < budget.seconds):
                 chosen = self._most_influential(left, min(step, wanted - done))
@@ -196,11 +194,9 @@ class _Growing:
                 bar.update(len(chosen))
 
     def _add_rows_of(self, chosen: Int[Tensor, " C"]) -> None:
-        for i, (places, found) in enumerate(zip(self.at_features, self.parts.active, strict=True)):
-            mine = torch.isin(places, chosen).nonzero().squeeze(1)
-            batch = max(1, BATCH_BYTES // (self.local.stream.nbytes * max(1, 4 * found.layer)))
-            for some, rows in feature_rows(self.local, self.parts, i, mine, batch):
-                self._add(rows, places[some], found.preactivations[some] + found.bias[some])
+        active, mine = self.parts.active, torch.isin(self.at_features, chosen).nonzero().squeeze(1)
+        for some, rows in feature_rows(self.local, self.parts, mine, BATCH_BYTES):
+            self._add(rows, self.at_features[some], active.preactivations[some] + active.bias[some])
 
     def _most_influential(self, candidates: Int[Tensor, " C"], n: int) -> Int[Tensor, " n"]:
         if n >= len(candidates):
@@ -213,10 +209,9 @@ class _Growing:
 
     def _add(self, rows: Rows, places: Tensor, preactivations: Tensor) -> None:
         """Add the rows of the nodes at `places`, exact zeros left out."""
-        M, P = rows.errors.shape[1:]
-        columns = [torch.arange(P), *(self.at_between[layer] for layer in rows.between), self.at_biases]
-        columns += [*self.at_features[: len(rows.features)], self.at_errors[: M * P]]
-        values = [rows.stream, *rows.between.values(), rows.biases, *rows.features, rows.errors.flatten(1)]
+        columns = [torch.arange(rows.stream.shape[1]), *self.at_between.values(), self.at_biases]
+        columns += [self.at_features, self.at_errors]
+        values = [rows.stream, *rows.between.values(), rows.biases, rows.features, rows.errors.flatten(1)]
         all_columns, all_values = torch.cat(columns), torch.cat(values, 1).cpu()
         row, column = all_values.nonzero(as_tuple=True)
         self.edges.append((places[row], all_columns[column], all_values[row, column]))

@@ -73,7 +73,9 @@ class LocalReplacement:
     def _from_logits(self, position: int, vectors: Tensor) -> Iterator[Step]:
         last, head = self.n_layers - 1, self.head
         leaves = [head.entries[last], head.writes[last], *head.biases.values()]
-        entry, write, *grads = pull({head.logits[:, position]: vectors[:, None].to(head.logits)}, leaves)
+        with torch.enable_grad():
+            logits = head.logits[:, position]
+        entry, write, *grads = pull({logits: vectors[:, None].to(logits)}, leaves)
         biases = {at: entry.new_zeros(len(vectors)) for at in (last, last + 1)}
         for (name, bias), grad in zip(head.biases.items(), grads, strict=True):
             biases[head.bias_layers[name]] += (grad * bias).flatten(1).sum(1)

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_map
 
+from crosslayer.coders.products import QuickProducts
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.models.freezing import Frozen, eager_attention
 from crosslayer.models.hooks import changing, reading, replacing
@@ -169,10 +170,9 @@ def pull(outputs: Mapping[Tensor, Float[Tensor, "R ..."]], leaves: list[Tensor])
     """The transposed Jacobian from leaves to outputs, times R directions."""
     n = len(next(iter(outputs.values())))
     settings: dict[str, Any] = {"allow_unused": True, "is_grads_batched": True, "retain_graph": True}
-    found = torch.autograd.grad(list(outputs), leaves, list(outputs.values()), **settings)
-    return [
-        leaf.new_zeros(n, *leaf.shape) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)
-    ]
+    with QuickProducts():
+        found = torch.autograd.grad(list(outputs), leaves, list(outputs.values()), **settings)
+    return [leaf.new_zeros(n, *leaf.shape) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
 
 
 def _back(layer: int, run: _Run, n: int, ahead: Tensor, into_read: Tensor, passed: Mapping[int, Tensor]) -> Step:
