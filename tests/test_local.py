@@ -86,7 +86,10 @@ def test_all_that_is_written_adds_up_to_every_read_and_to_the_logits(name):
     P, D = local.stream.shape[1:]
     for layer, read in enumerate(local.reads):
         vectors = torch.randn(P, D, dtype=read.dtype)
-        found, wanted = total(local, local.into_reads(at(layer, P), torch.arange(P), vectors)), (read[0] * vectors).sum(1)
+        found, wanted = (
+            total(local, local.into_reads(at(layer, P), torch.arange(P), vectors)),
+            (read[0] * vectors).sum(1),
+        )
         assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
     vectors = torch.randn(3, local.logits.shape[2], dtype=local.logits.dtype)
     wanted = vectors @ local.logits[0, -1]
@@ -144,5 +147,16 @@ def test_an_image_block_that_attends_both_ways_lets_later_patches_flow_into_earl
     patches = batch.image[0].nonzero().squeeze(1)
     sources = local.into_reads(at(1, 1), patches[:1], torch.ones(1, model.d_model).double())
     *_, last = sources.steps
+    assert 1 in local.layers.uncut
     assert last.entry[0, patches[-1]].abs().max() > 0
     assert last.entry[0, patches[-1] + 1 :].abs().max() == 0
+
+
+def test_a_row_of_several_entries_is_the_sum_of_theirs():
+    model = loaded("llama")
+    local = trace(model, coder_of(model), prompt_of(model))
+    layer, position, vectors = torch.tensor([1, 1, 0]), torch.tensor([2, 3, 1]), torch.randn(3, model.d_model).double()
+    alone = list(local.into_reads(layer, position, vectors).steps)
+    summed = list(local.into_reads(layer[1:], position, vectors, torch.tensor([0, 0, 1])).steps)
+    for one, two in zip(alone, summed, strict=True):
+        torch.testing.assert_close(two.entry, torch.cat([one.entry[:2].sum(0)[None], one.entry[2:]]))

@@ -29,7 +29,7 @@ from crosslayer.models.prompts import Batch, prepare
 from crosslayer.replacement.local import LocalReplacement, trace
 from crosslayer.replacement.model import ReplacementModel
 
-BATCH_BYTES = 256 * 2**20
+BATCH_BYTES = 96 * 2**20
 """What the gradients of one batch of rows may take."""
 ROUNDS = 8
 """Times that the most influential features are chosen anew when not all get a row."""

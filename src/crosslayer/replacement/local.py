@@ -60,10 +60,18 @@ class LocalReplacement:
         return len(self.reads)
 
     def into_reads(
-        self, layer: Int[Tensor, " R"], position: Int[Tensor, " R"], vectors: Float[Tensor, "R D"]
+        self,
+        layer: Int[Tensor, " R"],
+        position: Int[Tensor, " E"],
+        vectors: Float[Tensor, "E D"],
+        row: Int[Tensor, " E"] | None = None,
     ) -> Sources:
-        """What flows into `vectors[r] . read` of `layer[r]` at `position[r]`; later layers must come first."""
-        return Sources(len(vectors), self.layers.into_reads(layer, position, vectors))
+        """What flows into the sum of `vectors[e] . read` at `position[e]` over all e of a row, at the row's layer.
+
+        Rows of later layers must come first, and entries in the order of their rows; by default each is a row.
+        """
+        row = torch.arange(len(vectors), device=position.device) if row is None else row
+        return Sources(len(layer), self.layers.into_reads(layer, position, vectors, row))
 
     def into_logits(self, position: int, vectors: Float[Tensor, "R V"]) -> Sources:
         """What flows into `vectors[r] . logits` at a position."""

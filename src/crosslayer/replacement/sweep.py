@@ -89,28 +89,42 @@ class Layers:
     """Layers found to need the whole prompt."""
 
     def into_reads(
-        self, layer: Int[Tensor, " R"], position: Int[Tensor, " R"], vectors: Float[Tensor, "R D"]
+        self,
+        layer: Int[Tensor, " R"],
+        position: Int[Tensor, " E"],
+        vectors: Float[Tensor, "E D"],
+        row: Int[Tensor, " E"],
     ) -> Iterator[Step]:
-        """What flows into `vectors[r] . read` of `layer[r]` at `position[r]`; layers must not rise."""
-        ends = _ends(layer.tolist(), len(self.calls))
-        nothing = self.calls[0].entry.new_zeros(0, int(position.max()) + 1, vectors.shape[1])
-        return self._down(Step(max(ends) + 1, nothing, nothing, {}), ends, position, vectors)
+        """What flows into the sum of `vectors[e] . read` at `position[e]` over all e of a row, at the row's layer.
+
+        Args:
+            layer: of each row; must not rise.
+            position: of each entry.
+            vectors: of each entry.
+            row: of each entry; must not fall.
+        """
+        first, *_ = self.calls
+        nothing = first.entry.new_zeros(0, int(position.max()) + 1, vectors.shape[1])
+        start = Step(int(layer[0]) + 1, nothing, nothing, {})
+        return self._down(start, layer.tolist(), position, vectors, row)
 
     def onward(self, step: Step) -> Iterator[Step]:
         """What comes after a first step."""
-        return self._down(step, {}, torch.zeros(0, dtype=torch.int64), step.entry.new_zeros(0, step.entry.shape[2]))
+        none = torch.zeros(0, dtype=torch.int64)
+        return self._down(step, [], none, step.entry.new_zeros(0, step.entry.shape[2]), none)
 
     @torch.no_grad()
-    def _down(self, step: Step, ends: Mapping[int, int], position: Tensor, vectors: Tensor) -> Iterator[Step]:
+    def _down(self, step: Step, layers: list[int], position: Tensor, vectors: Tensor, row: Tensor) -> Iterator[Step]:
         passed, ahead = {step.layer: step.write}, step.entry
         for layer in range(step.layer - 1, -1, -1):
-            n = len(ahead)
-            run = self._run(layer, ahead.shape[1])
-            ahead = pad(ahead, (0, 0, 0, run.entry.shape[1] - ahead.shape[1], 0, ends.get(layer, n) - n))
-            into_read = torch.zeros_like(ahead)
-            joining = torch.arange(n, len(ahead), device=ahead.device)
-            into_read[joining, position[joining]] = vectors[joining].to(ahead)
-            step = _back(layer, run, n, ahead, into_read, passed)
+            n, run = len(ahead), self._run(layer, ahead.shape[1])
+            n_joining = layers.count(layer)
+            ahead = pad(ahead, (0, 0, 0, run.entry.shape[1] - ahead.shape[1], 0, n_joining))
+            joining = torch.zeros_like(ahead[n:])
+            mine = (row >= n) & (row < n + n_joining)
+            where = (row[mine] - n, position[mine])
+            joining.index_put_(where, vectors[mine].to(ahead), accumulate=True)
+            step = _back(layer, run, n, ahead, joining, passed)
             if self.coder.skip is not None:
                 passed[layer] = step.write
             ahead = step.entry
@@ -175,12 +189,12 @@ def pull(outputs: Mapping[Tensor, Float[Tensor, "R ..."]], leaves: list[Tensor])
     return [leaf.new_zeros(n, *leaf.shape) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
 
 
-def _back(layer: int, run: _Run, n: int, ahead: Tensor, into_read: Tensor, passed: Mapping[int, Tensor]) -> Step:
+def _back(layer: int, run: _Run, n: int, ahead: Tensor, joining: Tensor, passed: Mapping[int, Tensor]) -> Step:
     outputs: dict[Tensor, Tensor] = {}
     if n:
         outputs[run.output] = ahead[:, None].to(run.output)
-    if n < len(ahead):
-        outputs[run.read] = into_read[:, None].to(run.read)
+    if len(joining):
+        outputs[run.read] = pad(joining, (0, 0, 0, 0, n, 0))[:, None].to(run.read)
     for target, part in run.passed.items():
         if target in passed:
             grad = passed[target]
@@ -191,11 +205,6 @@ def _back(layer: int, run: _Run, n: int, ahead: Tensor, into_read: Tensor, passe
         ahead.new_zeros(len(ahead)),
     )
     return Step(layer, write[:n, 0].to(ahead), entry[:, 0].to(ahead), {layer: own})
-
-
-def _ends(layers: list[int], n_layers: int) -> dict[int, int]:
-    """How many rows there are from the last layer down to each."""
-    return {layer: sum(at >= layer for at in layers) for layer in range(min(max(layers) + 1, n_layers))}
 
 
 def _leaf(tensor: Tensor) -> Tensor:
