@@ -30,6 +30,10 @@ An image block that attends both ways and is cut in two misses it by orders of m
 """
 
 
+SIZES = 8
+"""Sizes that a batch grows through as rows join: fewer shapes leave fewer holes in memory and less code to compile."""
+
+
 @dataclass(frozen=True)
 class Step:
     """What flows into rows at one layer; R rows for what enters it, the first N of them for what it writes."""
@@ -115,20 +119,21 @@ class Layers:
 
     @torch.no_grad()
     def _down(self, step: Step, layers: list[int], position: Tensor, vectors: Tensor, row: Tensor) -> Iterator[Step]:
-        passed, ahead = {step.layer: step.write}, step.entry
+        passed, ahead, n = {step.layer: step.write}, step.entry, len(step.entry)
+        whole = max(n, len(layers))
         for layer in range(step.layer - 1, -1, -1):
-            n, run = len(ahead), self._run(layer, ahead.shape[1])
-            n_joining = layers.count(layer)
-            ahead = pad(ahead, (0, 0, 0, run.entry.shape[1] - ahead.shape[1], 0, n_joining))
-            joining = torch.zeros_like(ahead[n:])
-            mine = (row >= n) & (row < n + n_joining)
+            run, end = self._run(layer, ahead.shape[1]), n + layers.count(layer)
+            size = min(whole, -(-end * SIZES // whole) * whole // SIZES + 1)
+            ahead = pad(ahead, (0, 0, 0, run.entry.shape[1] - ahead.shape[1], 0, size - len(ahead)))
+            joining = torch.zeros_like(ahead[n:] if end > n else ahead[:0])
+            mine = (row >= n) & (row < end)
             where = (row[mine] - n, position[mine])
             joining.index_put_(where, vectors[mine].to(ahead), accumulate=True)
             step = _back(layer, run, n, ahead, joining, passed)
             if self.coder.skip is not None:
                 passed[layer] = step.write
-            ahead = step.entry
-            yield step
+            ahead, n = step.entry, end
+            yield Step(layer, step.write, ahead[:n], {at: found[:n] for at, found in step.biases.items()})
 
     @torch.enable_grad()
     def _run(self, layer: int, n_positions: int) -> _Run:
