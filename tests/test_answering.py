@@ -61,7 +61,8 @@ def test_answers_are_data_again(llava, asked, tmp_path):
     respond(llava, load(asked), tmp_path / "said.jsonl", FEW)
     for line, example in zip(lines(tmp_path / "said.jsonl"), load_data(tmp_path / "said.jsonl"), strict=True):
         found = {"prompt": example.prompt, "response": example.response, "image": str(example.image)}
-        assert line == {"id": line["id"], **found}
+        assert line == {"id": line["id"], **found, "token_ids": line["token_ids"]}
+        assert llava.processor.tokenizer.decode(line["token_ids"], skip_special_tokens=True) == line["response"]
         assert example.picture().size == (40, 30)
 
 

@@ -166,15 +166,15 @@ def test_a_graph_has_all_kinds_of_nodes_and_closes(seeing, tmp_path):
 def test_targets_are_the_likeliest_tokens_or_those_named(seeing):
     model, _ = seeing
     tokenizer, logits = model.processor.tokenizer, torch.randn(len(model.processor.tokenizer))
-    likely = salient(logits, tokenizer, probability=0.5, at_most=100)
+    likely = salient(logits, tokenizer, 0, probability=0.5, at_most=100)
     shares = [target.probability for target in likely]
     assert shares == sorted(shares, reverse=True)
     assert sum(shares) >= 0.5 > sum(shares[:-1])
-    assert len(salient(logits, tokenizer, at_most=4)) == 4
+    assert len(salient(logits, tokenizer, 0, at_most=4)) == 4
     yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
-    margin = named('"yes" - "no"', logits, tokenizer)
+    margin = named('"yes" - "no"', logits, tokenizer, 0)
     assert (margin.vector @ logits).item() == pytest.approx((logits[yes] - logits[no]).item())
-    assert (named("yes", logits, tokenizer).vector @ logits).item() == pytest.approx(
+    assert (named("yes", logits, tokenizer, 0).vector @ logits).item() == pytest.approx(
         (logits[yes] - logits.mean()).item()
     )
     graph = graph_of(seeing, targets=["yes", '"yes" - "no"'])

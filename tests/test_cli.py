@@ -6,12 +6,15 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
-from crosslayer import AttributionGraph, CrossLayerTranscoder, Example, cli, load_model
+from crosslayer import AttributionGraph, CrossLayerTranscoder, Example, Wiring, cli, load_model
 from crosslayer.activations.capture import capture_all
+from crosslayer.coders.transcoder import Provenance
 from crosslayer.models.prompts import prepare
 from crosslayer.training.trainer import Trainer
 from families import family
+from making import finished_coder
 
 
 @pytest.fixture
@@ -89,6 +92,58 @@ def test_a_graph_is_written_summed_up_and_drawn(run, train, tmp_path):
     check_refused(run(*command, "--overwrite", "--target", "cat dog"), "is 2 tokens", "'cat', 'dog'")
     check_refused(run(*command, "--overwrite", "--image", tmp_path / "none.png"), "none.png")
     assert AttributionGraph.load(tmp_path / "graph.json").scores == graph.scores
+
+
+@pytest.fixture
+def traced_run(tmp_path, llama_folder):
+    """A run of the tiny Llama without training, with so many features that all their edges fit into no memory."""
+    coder = finished_coder(Wiring.full(3), F=5_000).with_thresholds(torch.full((3, 5_000), -1e3))
+    coder.provenance = Provenance(str(llama_folder))
+    coder.save(tmp_path / "wide")
+    return tmp_path / "wide"
+
+
+def test_what_a_graph_cannot_be_made_of_is_said_in_one_line(run, traced_run, llava_folder, tmp_path):
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (24, 24)).save(picture)
+
+    def refused(*options, words: str, prompt="is there a cat ?"):
+        command = ["graph", traced_run, "--out", tmp_path / "graph.json", "--max-features", 3, "--prompt", prompt]
+        check_refused(run(*command, *options), *words.split("|"))
+        assert not (tmp_path / "graph.json").exists()
+
+    refused("--plain", prompt="", words="the prompt is empty")
+    refused(prompt="a " * 200, words="201 tokens|context holds 128")
+    refused("--image", picture, words="reads no images")
+    refused(prompt="<image> a cat", words="1 <image> marks but 0 image")
+    refused("--model", llava_folder, "--image", picture, prompt="<image><image> a", words="2 <image> marks but 1 image")
+    refused("--model", "emoji-llava", words="10")
+    refused("--target", "cat dog", words="is 2 tokens")
+    refused("--target", "feature 3/1 @ 2", words="none of layer 3")
+    refused("--target", "feature 1/1 @ 40", words="position 40 is none of")
+    refused("--token", 1, words="token is 1, but the answer has 1")
+    refused("--pool-patches", 2, words="no image patches to pool")
+    refused("--max-positions", 0, words="budget of positions is 0")
+    refused(
+        "--max-features",
+        10**9,
+        prompt="a cat and a dog . " * 15,
+        words="of memory|TiB|are free|--max-features, --max-positions or --pool-patches",
+    )
+
+
+def test_a_graph_is_checked_beside_another_run(run, train, tmp_path):
+    train()
+    train("--span", 1, out="plt")
+    command = ["graph", tmp_path / "run", "--prompt", "is there a cat and", "--out", tmp_path / "graph.json"]
+    check_refused(run(*command, "--beside", tmp_path / "plt"), "--beside", "without --check")
+    code, out, _ = run(*command, "--check", "--beside", tmp_path / "plt")
+    assert code == 0
+    assert "direct edge under freeze, worst gap" in out
+    record = json.loads((tmp_path / "graph.check.json").read_text())
+    assert [check["run"] for check in record["checks"]] == [str(tmp_path / "run"), str(tmp_path / "plt")]
+    assert all(check["worst_frozen_gap"] < 1e-3 for check in record["checks"])
+    assert (tmp_path / "graph.check.png").exists()
 
 
 def test_inspect_prints_sites_gaps_and_wiring(run, llava_folder):
@@ -235,7 +290,7 @@ def test_a_dry_run_prints_the_cost_and_trains_nothing(train, tmp_path):
 
 
 def test_a_dry_run_that_does_not_fit_says_what_would(train):
-    code, out, _ = train("--dry-run", "--d-transcoder", 30_000_000, "--batch-tokens", 1)
+    code, out, _ = train("--dry-run", "--d-transcoder", 5_000_000, "--batch-tokens", 1)
     assert code == 0
     assert "does not fit into memory; what would: --" in out
 

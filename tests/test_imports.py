@@ -17,6 +17,7 @@ FLOORS = (
     {"model_options"},
     {"report"},
     {"demo"},
+    {"hallucination"},
     {"workflow", "planning"},
     {"evaluation", "answering"},
     {"attribution", "formats.circuit_tracer_graph"},
@@ -114,7 +115,10 @@ def test_coders_metrics_and_wiring_know_no_language_model():
 
 
 def test_the_record_of_a_graph_and_its_reading_know_no_model_and_no_coder():
-    for name in ("graph", "paths", "supernodes", "networks", "summary", "figure"):
+    for name in (
+        *("graph", "paths", "supernodes", "networks", "summary", "figure", "tally"),
+        *("aggregate", "contrast", "aggregate_figure", "aggregate_summary"),
+    ):
         name = f"crosslayer.attribution.{name}"
         for module in {name, *reached(name)}:
             assert "transformers" not in {m.split(".")[0] for m in imports(module)}, f"{name} through {module}"
@@ -135,6 +139,7 @@ def test_training_sees_activations_and_never_a_language_model():
 
 def test_only_the_replacement_and_what_stands_on_it_know_models_and_coders():
     both = {"verbs", "planning", "report", "demo", "workflow", "evaluation", "attribution", "replacement"}
+    both |= {"hallucination"}
     for name in SOURCES.keys() - DOORS:
         packages = {module.split(".")[1] for module in ours(name)}
         assert not {"models", "coders"} <= packages or name.split(".")[1] in both, name

@@ -11,7 +11,7 @@ from crosslayer.models.probe import probe
 from crosslayer.models.prompts import Batch, prepare
 from crosslayer.models.resolve import resolve_sites
 from crosslayer.replacement.local import LocalReplacement, trace
-from crosslayer.replacement.sweep import Sources
+from crosslayer.replacement.carrying import Sources
 from families import PICTURE, TEXT, VISUAL, FamilyProcessor, family
 from making import random_coder, traces
 

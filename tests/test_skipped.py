@@ -124,7 +124,7 @@ def test_the_same_chunk_holds_the_same_tokens_whatever_is_known(llava, mixed):
 def test_a_chunk_of_bad_examples_is_empty(llava, mixed):
     data = load_data(mixed, bad_share=1.0)
     source = ModelSource(llava, data, batch_prompts=1, chunk_prompts=60)
-    lengths = [len(part) for part in source.captured(0)]
+    lengths = [len(part) for part in source.captured(source.batches(0))]
     assert lengths.count(0) == 3
     assert len(lengths) == 60
 

@@ -4,6 +4,7 @@ import json
 import signal
 from dataclasses import replace
 from functools import partial
+from threading import Event
 
 import pytest
 import torch
@@ -59,6 +60,24 @@ def test_image_tokens_are_marked(llava, tmp_path):
     image = store.column("modality") == IMAGE
     assert int(image.sum()) == 7 * 9
     assert store.column("token")[image].unique().tolist() == [llava.model.config.image_token_id]
+
+
+def test_a_chunk_is_begun_while_the_last_batch_of_the_one_before_is_run(llama, tmp_path):
+    first, begun, passes = ModelSource(llama, text_examples(50), **CHUNK).batches(1)[0][0], Event(), []
+
+    class Watching(list):
+        def __getitem__(self, index):
+            if index == first:
+                begun.set()
+            return super().__getitem__(index)
+
+    def look(*_):
+        passes.append(begun.wait(5) if len(passes) == 3 else begun.clear())
+
+    handle = llama.body.register_forward_hook(look)
+    captured(llama, tmp_path, Watching(text_examples(50)), prompts=30)
+    handle.remove()
+    assert passes[3]
 
 
 @pytest.mark.parametrize("tokens", [1, 100, 433])

@@ -8,8 +8,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from crosslayer.activations.store import Store
 from crosslayer.activations.to_store import capture_to_store as capture
 from crosslayer.answering import Answering, respond
+from crosslayer.attribution.aggregate import Aggregate
 from crosslayer.attribution.attribute import Budget, attribute
 from crosslayer.attribution.graph import AttributionGraph
+from crosslayer.attribution.many import Case, Tracing, Workers, aggregate
+from crosslayer.attribution.targets import Target
 from crosslayer.coders.decoders import Full, LowRank, SourceAndTargetTied, SourceTied, TargetTied
 from crosslayer.coders.sparsity import BatchTopK, GroupMax, JointTopK, JumpReLU, ReLU, TopK
 from crosslayer.coders.transcoder import CrossLayerTranscoder
@@ -18,7 +21,14 @@ from crosslayer.data.load import load_data
 from crosslayer.errors import UserError
 from crosslayer.evaluation import Evaluation, evaluate
 from crosslayer.models.load import LoadedModel, load_model
+from crosslayer.replacement.actions import Ablate, Add, Scale, Set
+from crosslayer.replacement.edit_file import EditFile
+from crosslayer.replacement.editing import edited
+from crosslayer.replacement.interventions import Intervention, Steer
 from crosslayer.replacement.model import ReplacementModel
+from crosslayer.replacement.patching import patched
+from crosslayer.replacement.sweeping import sweep
+from crosslayer.replacement.where import Everywhere, Part, Positions
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.losses import FVU, KL, CrossEntropy
 from crosslayer.training.optimizers import Adam, Adam8bit, AdamW, Muon
@@ -29,42 +39,61 @@ from crosslayer.workflow import train, train_from_store
 __all__ = [
     "FVU",
     "KL",
+    "Ablate",
     "Adam",
     "Adam8bit",
     "AdamW",
+    "Add",
+    "Aggregate",
     "Answering",
     "AttributionGraph",
     "AuxK",
     "BatchTopK",
     "Budget",
+    "Case",
     "CrossEntropy",
     "CrossLayerTranscoder",
     "DeadPenalty",
+    "EditFile",
     "Evaluation",
+    "Everywhere",
     "Example",
     "Full",
     "GroupMax",
+    "Intervention",
     "JointTopK",
     "JumpReLU",
     "LoadedModel",
     "LowRank",
     "Muon",
+    "Part",
+    "Positions",
     "ReLU",
     "ReplacementModel",
+    "Scale",
+    "Set",
     "SourceAndTargetTied",
     "SourceTied",
+    "Steer",
     "Store",
+    "Target",
     "TargetTied",
     "TopK",
+    "Tracing",
     "TrainConfig",
     "UserError",
     "Wiring",
+    "Workers",
+    "aggregate",
     "attribute",
     "capture",
+    "edited",
     "evaluate",
     "load_data",
     "load_model",
+    "patched",
     "respond",
+    "sweep",
     "train",
     "train_from_store",
 ]

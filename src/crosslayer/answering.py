@@ -15,7 +15,7 @@ from crosslayer.errors import UserError
 from crosslayer.files import append_line, atomic_path, write_text
 from crosslayer.models.load import LoadedModel
 from crosslayer.models.prompts import prepare_good
-from crosslayer.replacement.model import as_text, continuation
+from crosslayer.replacement.model import as_text, continuation, without_end
 
 UNFINISHED = ".unfinished"
 """How the file of answers ends while there are more to come: its settings, then a line for each batch."""
@@ -56,8 +56,8 @@ def respond(
     Args:
         model: whose answers they are.
         data: prompts, with pictures or without; responses that it has are not looked at.
-        out: JSON lines of `id`, `image`, `prompt` and `response`, and of `history` and `form` where there is more to a
-            prompt. Pictures that are in no file of their own are saved in a folder beside it.
+        out: JSON lines of `id`, `image`, `prompt`, `response` and its `token_ids`, and of `history` and `form` where
+            there is more to a prompt. Pictures that are in no file of their own are saved in a folder beside it.
         settings: greedy answers of up to 128 tokens, when left out.
         resume: go on after the last whole batch; the result is that of an unbroken run.
         overwrite: replace what is there.
@@ -125,15 +125,19 @@ def _answers(
         sampling |= {"do_sample": True, "temperature": settings.temperature}
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed * 1_000_003 + numbers.start)
-        said = as_text(model, continuation(model, batch, **sampling))
-    return [_line(model, number, asked[number], text, out) for number, text in zip(good, said, strict=True)]
+        said = continuation(model, batch, **sampling)
+    lines = zip(good, as_text(model, said), without_end(model, said), strict=True)
+    return [_line(model, number, asked[number], text, ids, out) for number, text, ids in lines]
 
 
-def _line(model: LoadedModel, number: int, example: Example, response: str, out: Path) -> dict[str, Any]:
+def _line(
+    model: LoadedModel, number: int, example: Example, response: str, ids: list[int], out: Path
+) -> dict[str, Any]:
     prompt = example.prompt
     if example.tokens is not None:
         prompt = as_text(model, torch.tensor([example.tokens]))[0]
     line = {"id": example.id, "image": _image(number, example, out), "prompt": prompt, "response": response}
+    line |= {"token_ids": ids}
     history = {"history": example.history} if example.history else {}
     return line | history | ({} if example.form == "chat" else {"form": example.form})
 

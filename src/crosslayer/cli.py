@@ -9,8 +9,10 @@ import tyro
 
 from crosslayer.eleuther_options import translate
 from crosslayer.errors import UserError
+from crosslayer.verbs.aggregating import aggregate
 from crosslayer.verbs.exchange import export, import_
 from crosslayer.verbs.gathering import capture, respond, store
+from crosslayer.verbs.hallucination import hallucination
 from crosslayer.verbs.looking import evaluate, generate, inspect
 from crosslayer.verbs.tracing import graph
 from crosslayer.verbs.training import demo, train
@@ -24,10 +26,14 @@ VERBS = {
     "evaluate": evaluate,
     "generate": generate,
     "graph": graph,
+    "aggregate": aggregate,
+    "hallucination": hallucination,
     "respond": respond,
     "import": import_,
     "export": export,
 }
+AGGREGATE = "--aggregate"
+"""Makes `graph` the verb `aggregate`: the same for a data set, with options of its own."""
 
 
 def main() -> None:
@@ -41,6 +47,8 @@ def main() -> None:
         args = [a for a in args if a != "--debug"]
         if args[:1] == ["train"]:
             args = ["train", *translate(args[1:])]
+        if args[:1] == ["graph"] and AGGREGATE in args:
+            args = ["aggregate", *(a for a in args[1:] if a != AGGREGATE)]
         tyro.extras.subcommand_cli_from_dict(VERBS, prog="crosslayer", description=_DESCRIPTION, args=args)
     except UserError as error:
         _stop(error, debug, 2)

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from math import nan
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from crosslayer.activations.capture import capture_all
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Example
 from crosslayer.errors import UserError
+from crosslayer.files import nulls
 from crosslayer.metrics import Figure
 from crosslayer.models.hooks import replacing
 from crosslayer.models.load import LoadedModel
@@ -83,7 +83,7 @@ class Evaluation:
 
     def to_dict(self) -> dict:
         """This record as JSON values; a figure that could not be measured is None."""
-        return _nulls(asdict(self))
+        return nulls(asdict(self))
 
     def to_json(self) -> str:
         """This record as JSON."""
@@ -312,11 +312,3 @@ def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
         if token in ends:
             return tokens[: place + 1]
     return tokens
-
-
-def _nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _nulls(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_nulls(item) for item in value]
-    return None if isinstance(value, float) and value != value else value

@@ -1,12 +1,20 @@
 """The options of loading a model, which every verb that does has."""
 
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
 from crosslayer.errors import UserError
-from crosslayer.models.load import DTYPES, QUANTISED, LoadedModel, has_weights, load_model, sketch_model
+from crosslayer.models.load import (
+    DTYPES,
+    QUANTISED,
+    LoadedModel,
+    has_weights,
+    load_model,
+    load_processor,
+    sketch_model,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +35,10 @@ class ModelOptions:
     def load(self, name: str, read: str = "resid") -> LoadedModel:
         """The model, with its sites proved."""
         return load_model(name, read=read, **asdict(self))
+
+    def processor(self, name: str) -> Any:
+        """What feeds the model, without its weights."""
+        return load_processor(name, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     def sketch(self, name: str, read: str = "resid") -> LoadedModel:
         """The model for a dry run: whole where its weights are there, else from its configuration alone."""

@@ -18,6 +18,7 @@ from crosslayer.coders.sparsity import JointTopK
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Example
 from crosslayer.files import disk_room
+from crosslayer.memory import memory_room
 from crosslayer.models.load import LoadedModel
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.optimizers import Adam8bit, Muon
@@ -116,7 +117,7 @@ def _measured_capture(model: LoadedModel, data: Sequence[Example], seed: int) ->
     """Seconds a captured token, and bytes of a chunk of them."""
     source = ModelSource(model, data, seed=seed, batch_prompts=16)
     start = time.perf_counter()
-    captured = next(iter(source.captured(0)))
+    captured = next(iter(source.captured(source.batches(0))))
     seconds = time.perf_counter() - start
     bytes_a_token = 2 * model.n_layers * model.d_model * captured.x.element_size()
     return seconds / len(captured), source.chunk_prompts * source.tokens_a_prompt * bytes_a_token
@@ -187,17 +188,6 @@ def proposals(config: TrainConfig, d_model: int, room: int, chunk_bytes: int = 0
         found += [f"--decoder low-rank --rank {r}" for r in RANKS if fits(decoder=LowRank(rank=r))][:1]
     widths = [width for width in (2**n for n in range(3, 20)) if width < F and fits(d_transcoder=width, sparsity=None)]
     return found + [f"--d-transcoder {width}" for width in widths[-1:]]
-
-
-def memory_room(device: torch.device) -> int | None:
-    """Bytes of memory that are free for a training on this device; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-    except (OSError, StopIteration):
-        return None
 
 
 @cache

@@ -1,6 +1,6 @@
 """Running a frozen model on examples and keeping what its MLPs read and write."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -117,20 +117,21 @@ class ModelSource:
         """All tokens of chunk `index` but padding; the last is kept, as scales, batches and calibration share it."""
         if self._last is None or self._last[0] != index:
             self._last = None  # so that two are never in memory
-            self._last = (index, Activations.concatenate(list(self.captured(index))))
+            self._last = (index, Activations.concatenate(list(self.captured(self.batches(index)))))
         return self._last[1]
 
-    def captured(
-        self, index: int, n: int | None = None, *, skip: int = 0, dtype: torch.dtype | None = None
-    ) -> Iterator[Activations]:
-        """The same, or of its first n prompts, batch by batch without the first `skip`; x and y in `dtype` if given.
+    def batches(self, index: int, n: int | None = None) -> list[list[int]]:
+        """Numbers of the examples of chunk `index`, or of its first n, batch by batch."""
+        start = index * self.chunk_prompts
+        chosen = [self._example(i) for i in range(start, start + (self.chunk_prompts if n is None else n))]
+        return [chosen[start : start + self.batch_prompts] for start in range(0, len(chosen), self.batch_prompts)]
+
+    def captured(self, batches: Iterable[list[int]], dtype: torch.dtype | None = None) -> Iterator[Activations]:
+        """Activations of each batch of examples, the next one prepared meanwhile; x and y in `dtype` if given.
 
         Examples that turn out to be bad are left out; a batch of nothing else is empty.
         """
-        start = index * self.chunk_prompts
-        chosen = [self._example(i) for i in range(start, start + (self.chunk_prompts if n is None else n))]
-        batches = [chosen[start : start + self.batch_prompts] for start in range(0, len(chosen), self.batch_prompts)]
-        for batch, numbers in one_ahead(self._prepared, batches[skip:]):
+        for batch, numbers in one_ahead(self._prepared, batches):
             yield _captured(self.model, batch, numbers, dtype or self.model.model.dtype)
 
     def prompts(self, start: int, n: int) -> list[Example]:

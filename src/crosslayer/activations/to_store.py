@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import count, tee
 from pathlib import Path
 from typing import Any
 
@@ -150,15 +150,24 @@ def _fill(folder: Path, manifest: Manifest, source: ModelSource) -> None:
 
 def _missing(source: ModelSource, manifest: Manifest) -> Iterator[tuple[int, int, Activations]]:
     """Batches of the stream after the numbers of their chunk and of themselves in it, until there are enough."""
-    tokens, prompts = manifest.source["tokens"], manifest.source["prompts"]
-    left, skip, dtype = (tokens or sys.maxsize) - manifest.rows, manifest.next_batch, manifest.encoding.working_dtype
+    left = (manifest.source["tokens"] or sys.maxsize) - manifest.rows
+    places, ahead = tee(_places(source, manifest))
+    parts = source.captured((numbers for *_, numbers in ahead), manifest.encoding.working_dtype)
+    found = zip(places, parts, strict=True)
+    while left > 0 and (following := next(found, None)):
+        (chunk, batch, _), part = following
+        yield chunk, batch, part if len(part) <= left else part[:left]
+        left -= len(part)
+
+
+def _places(source: ModelSource, manifest: Manifest) -> Iterator[tuple[int, int, list[int]]]:
+    """Each batch that the store lacks: its chunk, its number in that and those of its examples; endless without
+    a number of prompts."""
+    prompts, skip = manifest.source["prompts"] or sys.maxsize, manifest.next_batch
     for chunk in count(manifest.next_chunk):
-        n = min(source.chunk_prompts, (prompts or sys.maxsize) - chunk * source.chunk_prompts)
-        if n <= 0 or left <= 0:
+        n = min(source.chunk_prompts, prompts - chunk * source.chunk_prompts)
+        if n <= 0:
             return
-        for batch, part in enumerate(source.captured(chunk, n, skip=skip, dtype=dtype), skip):
-            yield chunk, batch, part if len(part) <= left else part[:left]
-            left -= len(part)
-            if left <= 0:
-                return
+        for batch, numbers in enumerate(source.batches(chunk, n)[skip:], skip):
+            yield chunk, batch, numbers
         skip = 0

@@ -1,26 +1,25 @@
 """From a prompt to its attribution graph: trace, split, compute rows, put them together."""
 
-import base64
-import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from crosslayer.attribution.graph import AttributionGraph, Picture
+from crosslayer.attribution.forecast import check_memory, forecast
+from crosslayer.attribution.graph import AttributionGraph
 from crosslayer.attribution.influence import Edges, influence
-from crosslayer.attribution.node import Box, Node
+from crosslayer.attribution.inputs import Inputs, added, inputs_of
+from crosslayer.attribution.node import Node
 from crosslayer.attribution.parts import Parts, split
 from crosslayer.attribution.rows import Rows, feature_rows, rows_of
-from crosslayer.attribution.targets import Target, named, salient, weighted
+from crosslayer.attribution.targets import Target, checked, feature_target, is_feature, named, salient, weighted
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Example, open_image
 from crosslayer.errors import UserError
@@ -29,7 +28,7 @@ from crosslayer.models.prompts import Batch, prepare
 from crosslayer.replacement.local import LocalReplacement, trace
 from crosslayer.replacement.model import ReplacementModel
 
-BATCH_BYTES = 96 * 2**20
+BATCH_BYTES = 256 * 2**20
 """What the gradients of one batch of rows may take."""
 ROUNDS = 8
 """Times that the most influential features are chosen anew when not all get a row."""
@@ -43,9 +42,11 @@ class Budget:
     """At most so many; None for all."""
     seconds: float | None = None
     """No further batch after this time; None for no limit."""
+    positions: int | None = None
+    """Only at so many positions, the most influential ones; pooled ones count as one. None for all."""
 
     def __post_init__(self):
-        for name in ("features", "seconds"):
+        for name in ("features", "seconds", "positions"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"the budget of {name} is {value}; choose more than 0, or leave it out for all")
@@ -58,12 +59,14 @@ def attribute(
     image: Image.Image | Path | str | None = None,
     *,
     response: str | None = None,
-    token: int = 0,
+    history: tuple[tuple[str, str], ...] = (),
+    token: int | Sequence[int] = 0,
     form: Literal["chat", "text"] = "chat",
-    targets: Sequence[str] = (),
+    targets: Sequence[str | Target] = (),
     probability: float = 0.95,
     at_most: int = 10,
     budget: Budget | None = None,
+    pool_patches: int | None = None,
     run: str = "",
 ) -> AttributionGraph:
     """The attribution graph of one prompt: who contributes what to the next token.
@@ -74,34 +77,48 @@ def attribute(
         prompt: `<image>` marks where the image goes, first by default.
         image: a picture or the path of one.
         response: the answer, where it is known, so that a token in its middle can be explained.
-        token: which token of the answer is explained, from 0 on.
+        history: earlier turns of the conversation: what was asked and what was answered.
+        token: which token of the answer is explained, from 0 on, or which ones together.
         form: `chat` goes through the model's chat template, where it has one; `text` is taken as it is.
-        targets: tokens, `"a" - "b"` for a difference; the likeliest tokens when left out.
+        targets: tokens, weighted sums of some (`"a" - 0.5 "b"`), features (`feature 5/123 @ 17`), or directions; the
+            likeliest tokens when left out.
         probability: of the likeliest tokens together.
         at_most: likeliest tokens at most.
         budget: how many features get a row; all by default.
+        pool_patches: image patches are taken together in a grid of so many cells a side; each alone by default.
         run: where the transcoder comes from, for the record.
 
     Raises:
-        UserError: for a prompt, image, target or position that does not fit, with what would.
+        UserError: for a prompt, image, target or position that does not fit, with what would; for a graph that memory
+            does not suffice for.
     """
     ReplacementModel(model, coder)  # refuses one that was trained on a model of another shape
     picture = Path(image) if isinstance(image, str) else image
     picture = open_image(picture) if isinstance(picture, Path) else picture
-    batch = prepare(model.model, model.processor, [Example("prompt", prompt, response, image=picture, form=form)])
-    place = _place(response, token, batch)
-    local = trace(model, coder, batch)
+    example = Example("prompt", prompt, response, picture, history, form)
+    batch = prepare(model.model, model.processor, [example])
+    if batch.tokens.shape[1] < 2:
+        raise UserError("the prompt is empty: nothing comes after the token that begins it, so nothing can be traced")
+    places = [_place(response, number, batch) for number in ([token] if isinstance(token, int) else token)]
     tokenizer = getattr(model.processor, "tokenizer", model.processor)
-    logits = local.logits[0, place].detach()
-    chosen = [named(text, logits, tokenizer) for text in targets]
-    chosen = chosen or salient(logits, tokenizer, probability=probability, at_most=at_most)
-    parts = split(local, coder, batch.position[0] == 0)
+    if not places:
+        raise UserError("no token of the answer is named; give at least one, or leave token out")
+    inputs = inputs_of(batch, tokenizer, picture, pool_patches)
+    local = trace(model, coder, batch)
+    first, limits = batch.position[0] == 0, budget or Budget()
+    most = (limits.features, limits.positions)
+    check_memory(forecast(local, coder, first, inputs.cell, BATCH_BYTES, *most), local)
+    parts = split(local, coder, first)
     if not parts.n_features:
         raise UserError("no feature is active on this prompt, so there is nothing to trace; is the run of this model?")
-    growing = _Growing(local, parts, _inputs(batch, tokenizer, picture), chosen, place)
+    chosen = [made for asked in targets for made in _made(asked, local, parts, coder, tokenizer, places)]
+    if not targets:
+        likely = {"probability": probability, "at_most": at_most}
+        chosen = [made for at in places for made in salient(local.logits[0, at].detach(), tokenizer, at, **likely)]
+    growing = _Growing(local, parts, inputs, chosen)
     growing.add_targets()
-    growing.add_features(budget or Budget())
-    return growing.graph(prompt, batch, tokenizer, model.id, run, picture)
+    growing.add_features(limits)
+    return growing.graph(prompt, batch, tokenizer, model.id, run)
 
 
 def _place(response: str | None, token: int, batch: Batch) -> int:
@@ -112,116 +129,141 @@ def _place(response: str | None, token: int, batch: Batch) -> int:
     return batch.tokens.shape[1] - 1 - (0 if response is None else n - token)
 
 
-def _inputs(batch: Batch, tokenizer: Any, picture: Image.Image | None) -> list[Node]:
-    """A node for every position: a token, or an image patch with its box."""
-    ids, image = batch.tokens[0].tolist(), batch.image[0].tolist()
-    boxes = iter(_boxes(picture, sum(image)))
-    return [
-        Node(kind="patch", position=p, label=f"patch {p}", vocab=id, box=next(boxes))
-        if seen
-        else Node(kind="token", position=p, label=tokenizer.decode([id]), vocab=id)
-        for p, (id, seen) in enumerate(zip(ids, image, strict=True))
-    ]
-
-
-def _boxes(picture: Image.Image | None, n: int) -> list[Box | None]:
-    """Where each patch lies in the picture, row by row; unknown where patches are no square grid."""
-    side = isqrt(n)
-    if picture is None or side * side != n:
-        return [None] * n
-    width, height = picture.size
-    return [
-        (width * c // side, height * r // side, width * (c + 1) // side, height * (r + 1) // side)
-        for r in range(side)
-        for c in range(side)
-    ]
+def _made(
+    asked: str | Target,
+    local: LocalReplacement,
+    parts: Parts,
+    coder: CrossLayerTranscoder,
+    tokenizer: Any,
+    places: Sequence[int],
+) -> list[Target]:
+    """What a target that was asked for is: tokens are explained at each of the places."""
+    if isinstance(asked, Target):
+        return [checked(asked, local)]
+    if is_feature(asked):
+        return [feature_target(asked, parts, coder, local.stream.shape[1])]
+    return [named(asked, local.logits[0, place].detach(), tokenizer, place) for place in places]
 
 
 class _Growing:
     """A graph that rows are added to."""
 
-    def __init__(self, local: LocalReplacement, parts: Parts, inputs: list[Node], targets: list[Target], place: int):
-        self.local, self.parts, self.targets, self.place = local, parts, targets, place
-        self.nodes = list(inputs)
-        P, L = len(inputs), local.n_layers
-        self.at_between = {layer: self._place([_added(layer, node) for node in inputs]) for layer in local.between}
+    def __init__(self, local: LocalReplacement, parts: Parts, inputs: Inputs, targets: list[Target]):
+        L = local.n_layers
+        top = max(L if target.layer is None else target.layer for target in targets)
+        self.local, self.parts, self.inputs, self.targets = local, parts, inputs, targets
+        self.nodes: list[Node] = []
+        cell, entering = inputs.cell, inputs.nodes
+        self.at_stream = self._place(entering)[cell]
+        self.at_between = {
+            layer: self._place([added(layer, node) for node in entering])[cell] for layer in local.between
+        }
         self.at_biases = self._place([Node(kind="bias", layer=layer if layer < L else None) for layer in range(L + 1)])
-        active = parts.active
-        columns = (t.tolist() for t in (active.layers, active.positions, active.features, active.activations))
-        self.at_features = self._place(
-            [
-                Node(kind="feature", layer=layer, position=p, feature=f, activation=a)
-                for layer, p, f, a in zip(*columns, strict=True)
-            ]
+        self.at_features = self._place_features(parts.below(top))
+        self.at_errors = torch.stack(
+            [self._place([_error(layer, node) for node in entering])[cell] for layer in range(L)]
         )
-        self.at_errors = self._place(
-            [Node(kind="error", layer=layer, position=p) for layer in range(L) for p in range(P)]
-        )
-        self.at_targets = self._place(
-            [
-                Node(kind="target", position=place, label=t.label, probability=t.probability, vocab=t.vocab)
-                for t in targets
-            ]
-        )
+        self.at_targets = self._place([target.node for target in targets])
+        self.position = torch.tensor([-1 if node.position is None else node.position for node in self.nodes])
         self.preactivation = torch.full((len(self.nodes),), float("nan"))
         self.target_weight = torch.zeros(len(self.nodes))
         self.target_weight[self.at_targets] = torch.tensor(weighted(targets))
         self.edges: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def _place(self, nodes: list[Node]) -> Int[Tensor, " n"]:
+    def _place(self, nodes: Sequence[Node]) -> Int[Tensor, " n"]:
         """Add nodes; where they are."""
         self.nodes += nodes
         return torch.arange(len(self.nodes) - len(nodes), len(self.nodes))
 
+    def _place_features(self, n: int) -> Int[Tensor, " n"]:
+        """Add a node for each of the first n features and cell that it is active in; where that of each active one is."""
+        active = self.parts.active
+        layers, positions, features = (part[:n].cpu() for part in (active.layers, active.positions, active.features))
+        keys, which = torch.stack([layers, self.inputs.cell[positions], features], 1).unique(dim=0, return_inverse=True)
+        activations = torch.zeros(len(keys)).index_add_(0, which, active.activations[:n].float().cpu())
+        nodes = []
+        for (layer, cell, feature), activation in zip(keys.tolist(), activations.tolist(), strict=True):
+            at = {"position": self.inputs.nodes[cell].position, "pooled": self.inputs.nodes[cell].pooled}
+            nodes.append(Node(kind="feature", layer=layer, feature=feature, activation=activation, **at))
+        return self._place(nodes)[which]
+
     def add_targets(self) -> None:
-        """Add the rows of the targets."""
-        vectors = torch.stack([target.vector for target in self.targets])
-        rows = rows_of(self.local, self.parts, self.local.into_logits(self.place, vectors))
-        self._add(rows, self.at_targets, vectors.to(self.local.logits) @ self.local.logits[0, self.place].detach())
+        """Add the rows of the targets, those of one place together."""
+        at = [(target.layer, target.position) for target in self.targets]
+        for layer, position in dict.fromkeys(at):
+            mine = [k for k, place in enumerate(at) if place == (layer, position)]
+            self._add_targets(layer, position, mine)
+
+    def _add_targets(self, layer: int | None, position: int, mine: list[int]) -> None:
+        n, vectors = len(mine), torch.stack([self.targets[k].vector for k in mine])
+        if layer is None:
+            sources, output = self.local.into_logits(position, vectors), self.local.logits
+        else:
+            sources = self.local.into_reads(torch.full((n,), layer), torch.full((n,), position), vectors)
+            output = self.local.reads[layer]
+        rows, bias = rows_of(self.local, self.parts, sources), torch.tensor([self.targets[k].bias for k in mine])
+        rows.biases[:, self.local.n_layers if layer is None else layer] += bias.to(rows.biases)
+        value = vectors.to(output) @ output[0, position] + bias.to(output)
+        self._add(rows, self.at_targets[mine], value)
 
     def add_features(self, budget: Budget) -> None:
         """Add the rows of features, the most influential first where not all get one."""
-        started, total, done = time.monotonic(), self.parts.n_features, 0
-        wanted = min(budget.features or total, total)
-        step = wanted if wanted == total and budget.seconds is None else -(-wanted // ROUNDS)
-        left = self.at_features
+        started, done, left = time.monotonic(), 0, self.at_features.unique()
+        wanted, positions = min(budget.features or len(left), len(left)), self.position[left].unique()
+        n_open = min(budget.positions or len(positions), len(positions))
+        limited = wanted < len(left) or n_open < len(positions) or budget.seconds is not None
+        rounds, opened = (ROUNDS, positions[:0]) if limited else (1, positions)
         with tqdm(total=wanted, unit="row", desc="graph", disable=None, leave=False) as bar:
             while done < wanted and (budget.seconds is None or time.monotonic() - started < budget.seconds):
-                chosen = self._most_influential(left, min(step, wanted - done))
+                influence = self._influence() if limited else self.target_weight
+                if len(opened) < n_open:
+                    opened = self._open(opened, left, influence, min(-(-n_open // rounds), n_open - len(opened)))
+                inside = left[torch.isin(self.position[left], opened)]
+                chosen = _largest(inside, influence[inside], min(-(-wanted // rounds), wanted - done))
+                if not len(chosen):
+                    break
                 self._add_rows_of(chosen)
                 left = left[~torch.isin(left, chosen)]
                 done += len(chosen)
                 bar.update(len(chosen))
 
-    def _add_rows_of(self, chosen: Int[Tensor, " C"]) -> None:
-        active, mine = self.parts.active, torch.isin(self.at_features, chosen).nonzero().squeeze(1)
-        for some, rows in feature_rows(self.local, self.parts, mine, BATCH_BYTES):
-            self._add(rows, self.at_features[some], active.preactivations[some] + active.bias[some])
+    def _open(self, opened: Tensor, left: Tensor, influence: Tensor, n: int) -> Tensor:
+        """The positions whose features get rows, and n more: those whose features left carry most influence."""
+        at = self.position[left]
+        total = torch.zeros(int(at.max()) + 1).index_add_(0, at, influence[left].float())
+        closed = at[~torch.isin(at, opened)].unique()
+        return torch.cat([opened, _largest(closed, total[closed], n)])
 
-    def _most_influential(self, candidates: Int[Tensor, " C"], n: int) -> Int[Tensor, " n"]:
-        if n >= len(candidates):
-            return candidates
+    def _influence(self) -> Float[Tensor, " N"]:
+        """Of all nodes, by the rows that are known so far."""
         target, source, weight = (torch.cat(part) for part in zip(*self.edges, strict=True))
         rank = torch.tensor([node.rank(self.local.n_layers) for node in self.nodes])
         edges = Edges(rank.numpy(), target.numpy(), source.numpy(), weight.double().numpy())
-        found = torch.from_numpy(influence(edges, self.target_weight.double().numpy()).node)
-        return candidates[found[candidates].topk(n).indices]
+        return torch.from_numpy(influence(edges, self.target_weight.double().numpy()).node)
+
+    def _add_rows_of(self, chosen: Int[Tensor, " C"]) -> None:
+        active, mine = self.parts.active, torch.isin(self.at_features, chosen).nonzero().squeeze(1)
+        nodes, row = self.at_features[mine].unique(return_inverse=True)
+        parts = (active.preactivations[mine] + active.bias[mine]).cpu()
+        whole = parts.new_zeros(len(nodes)).index_add_(0, row, parts)
+        for some, rows in feature_rows(self.local, self.parts, mine, BATCH_BYTES, row):
+            self._add(rows, nodes[some], whole[some])
 
     def _add(self, rows: Rows, places: Tensor, preactivations: Tensor) -> None:
-        """Add the rows of the nodes at `places`, exact zeros left out."""
-        columns = [torch.arange(rows.stream.shape[1]), *self.at_between.values(), self.at_biases]
-        columns += [self.at_features, self.at_errors]
-        values = [rows.stream, *rows.between.values(), rows.biases, rows.features, rows.errors.flatten(1)]
-        all_columns, all_values = torch.cat(columns), torch.cat(values, 1).cpu()
-        row, column = all_values.nonzero(as_tuple=True)
-        self.edges.append((places[row], all_columns[column], all_values[row, column]))
-        self.preactivation[places] = preactivations.detach().float().cpu()
+        """Add the rows of the nodes at `places`: what comes from one node summed up, exact zeros left out."""
+        columns = [self.at_stream, *(self.at_between[layer] for layer in rows.between), self.at_biases]
+        columns += [self.at_features, self.at_errors.flatten()]
+        features = rows.features[:, : len(self.at_features)]
+        values = [rows.stream, *rows.between.values(), rows.biases, features, rows.errors.flatten(1)]
+        whole = torch.cat(values, 1).cpu()
+        by_node = whole.new_zeros(len(whole), len(self.nodes)).index_add_(1, torch.cat(columns), whole)
+        row, column = by_node.nonzero(as_tuple=True)
+        self.edges.append((places[row], column, by_node[row, column]))
+        self.preactivation[places] = preactivations.float().cpu()
 
-    def graph(self, prompt: str, batch: Batch, tokenizer: Any, model: str, run: str, picture: Any) -> AttributionGraph:
+    def graph(self, prompt: str, batch: Batch, tokenizer: Any, model: str, run: str) -> AttributionGraph:
         """What has grown."""
         target, source, weight = (torch.cat(part) for part in zip(*self.edges, strict=True))
-        n_rows = int(self.preactivation.isfinite().sum()) - len(self.targets)
-        n = self.parts.n_features
         return AttributionGraph(
             prompt=prompt,
             tokens=tuple(tokenizer.decode([id]) for id in batch.tokens[0].tolist()),
@@ -234,20 +276,24 @@ class _Growing:
             weight=weight.float(),
             preactivation=self.preactivation,
             target_weight=self.target_weight,
-            left_out="" if n_rows == n else f"{n - n_rows:,} of {n:,} active features have no row of their own",
-            picture=None if picture is None else _picture(picture, int(batch.image.sum())),
+            left_out=self._left_out(),
+            picture=self.inputs.picture,
         )
 
+    def _left_out(self) -> str:
+        """What got no row, in words; nothing when all did."""
+        features = self.at_features.unique()
+        have = self.preactivation[features].isfinite()
+        if have.all():
+            return ""
+        n_all, n_have = (len(self.position[some].unique()) for some in (features, features[have]))
+        where = f", those at {n_all - n_have} of {n_all} positions among them" if n_have < n_all else ""
+        return f"{int((~have).sum()):,} of {len(features):,} active features have no row of their own{where}"
 
-def _added(layer: int, node: Node) -> Node:
-    return Node(kind="patch", layer=layer, position=node.position, label=node.label, box=node.box, vocab=node.vocab)
+
+def _error(layer: int, node: Node) -> Node:
+    return Node(kind="error", layer=layer, position=node.position, pooled=node.pooled)
 
 
-def _picture(picture: Image.Image, n_patches: int) -> Picture | None:
-    side = isqrt(n_patches)
-    if side * side != n_patches:
-        return None
-    buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, "PNG")
-    uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return Picture(uri, *picture.size, side, side)
+def _largest(candidates: Int[Tensor, " C"], values: Float[Tensor, " C"], n: int) -> Int[Tensor, " n"]:
+    return candidates if n >= len(candidates) else candidates[values.topk(n).indices]

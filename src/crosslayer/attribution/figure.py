@@ -185,6 +185,7 @@ def _facts(graph: AttributionGraph, i: int) -> list[tuple[str, str]]:
         ("probability", "" if node.probability is None else f"{node.probability:.3f}"),
         ("activation", "" if node.activation is None else f"{node.activation:.4g}"),
         ("sum of edges", "" if isnan(preactivation) else f"{preactivation:.4g}"),
+        ("stands for positions", ", ".join(map(str, node.pooled))),
         ("id", node.id),
     ]
     return [fact for fact in facts if fact[1]]

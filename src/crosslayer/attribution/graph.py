@@ -21,7 +21,7 @@ from torch import Tensor
 
 from crosslayer.attribution.influence import Edges, Influence, influence, sums
 from crosslayer.attribution.node import INPUTS, Node
-from crosslayer.attribution.pruning import select
+from crosslayer.attribution.pruning import Selection, select
 from crosslayer.attribution.scores import Scores, completeness_score, replacement_score, row_gaps
 from crosslayer.errors import UserError
 from crosslayer.files import read_json, read_tensors, write_json, write_tensors
@@ -41,7 +41,7 @@ class Picture:
     """In pixels: patches' boxes count in them."""
     rows: int
     columns: int
-    """Of the patch grid."""
+    """Of the grid of patches, or of the cells that they are pooled to."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -189,9 +189,13 @@ class AttributionGraph:
         Raises:
             UserError: for a threshold outside 0 ... 1.
         """
-        fixed, features = self.of_kind(*INPUTS, "bias", "target"), self.of_kind("feature")
-        kept = select(self.causes, self._target_weight, fixed, features, node_threshold, edge_threshold)
+        kept = self.selection(node_threshold, edge_threshold)
         return self.keep(kept.nodes, kept.edges)
+
+    def selection(self, node_threshold: float, edge_threshold: float) -> Selection:
+        """The nodes and edges that `prune` keeps; the same arguments and errors."""
+        fixed, features = self.of_kind(*INPUTS, "bias", "target"), self.of_kind("feature")
+        return select(self.causes, self._target_weight, fixed, features, node_threshold, edge_threshold)
 
     def keep(self, nodes: Bool[np.ndarray, " N"], edges: Bool[np.ndarray, " E"]) -> "AttributionGraph":
         """The graph of some features and edges. What is dropped joins error nodes, so that every row still closes.
@@ -222,7 +226,8 @@ class AttributionGraph:
         heir = np.arange(len(self.nodes))
         for i, node in enumerate(self.nodes):
             if node.kind in (*INPUTS, "feature"):
-                error = Node(kind="error", layer=node.layer if node.kind == "feature" else None, position=node.position)
+                layer = node.layer if node.kind == "feature" else None
+                error = Node(kind="error", layer=layer, position=node.position, pooled=node.pooled)
                 if error.id not in index:
                     index[error.id] = len(everybody)
                     everybody.append(error)
@@ -317,8 +322,9 @@ def _texts(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _node(record: Mapping[str, Any]) -> Node:
-    known: dict[str, Any] = {f.name: record[f.name] for f in fields(Node)}
-    return Node(**{**known, "box": known["box"] and tuple(known["box"])})
+    known: dict[str, Any] = {f.name: record[f.name] for f in fields(Node) if f.name != "pooled"}
+    pooled = tuple(record.get("pooled", ()))  # which older graphs lack
+    return Node(**{**known, "box": known["box"] and tuple(known["box"])}, pooled=pooled)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -85,11 +85,24 @@ def influence(edges: Edges, target_weight: Float[np.ndarray, " N"]) -> Influence
         edges: the graph.
         target_weight: w: the targets' weights, 0 elsewhere.
     """
+    node = carried_back(edges, edges.share, target_weight)
+    return Influence(node, edges.share * (node + target_weight)[edges.target])
+
+
+def carried_back(
+    edges: Edges, coefficient: Float[np.ndarray, " E"], start: Float[np.ndarray, " N"]
+) -> Float[np.ndarray, " N"]:
+    """The sum over all paths from each node, of the product of their edges' coefficients and of `start` at their end.
+
+    Args:
+        edges: the graph.
+        coefficient: what an edge multiplies with.
+        start: what a path that ends at a node begins with.
+    """
     node = np.zeros(len(edges.rank))
     rank = edges.rank[edges.target]
     order = np.argsort(-rank, kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(rank[order])) + 1):
-        through = node + target_weight
-        carried = edges.share[rows] * through[edges.target[rows]]
+        carried = coefficient[rows] * (node + start)[edges.target[rows]]
         node += sums(edges.source[rows], carried, len(node))
-    return Influence(node, edges.share * (node + target_weight)[edges.target])
+    return node

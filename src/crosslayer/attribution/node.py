@@ -44,14 +44,17 @@ class Node:
     position: int | None = None
     feature: int | None = None
     activation: float | None = None
+    """Of a pooled feature: the sum over its positions."""
     label: str = ""
     """The token's or the target's text, or a name given by hand."""
     box: Box | None = None
-    """Of a patch: left, top, right, bottom, in pixels of the picture."""
+    """Of a patch or a cell of them: left, top, right, bottom, in pixels of the picture."""
     probability: float | None = None
     """Of a target that is a token."""
     vocab: int | None = None
     """Token id of a token, a patch or a target that is a token."""
+    pooled: tuple[int, ...] = ()
+    """All positions that it stands for, where patches are pooled; `position` is the first of them."""
 
     def __post_init__(self):
         if self.kind not in REQUIRED:
@@ -93,8 +96,13 @@ class Node:
             "bias": _joined("bias", whose, where),
             "feature": _joined(whose, f"feature {self.feature}", self.label and f"“{self.label}”", where),
             "error": _joined(whose or "pruned input", "error", where),
-            "target": f"output {text}" if self.vocab is not None else self.label or self.id,
+            "target": self._target_caption(text, where),
         }[self.kind]
+
+    def _target_caption(self, text: str, where: str) -> str:
+        if self.feature is not None:
+            return f"target layer {self.layer} feature {self.feature} {where}"
+        return f"output {text}" if self.vocab is not None else self.label or self.id
 
 
 def _joined(*parts: str | bool) -> str:

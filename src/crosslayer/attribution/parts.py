@@ -50,6 +50,8 @@ class Parts:
     """What the stream of one prompt is a sum of, beside what enters it."""
 
     active: Active
+    first_targets: Int[Tensor, " A"]
+    """Of each active feature: the first layer that it writes to."""
     by_position: Int[Tensor, " A"]
     """The active features' numbers, sorted by position, then by layer."""
     written: tuple[Written, ...]
@@ -63,6 +65,10 @@ class Parts:
     def n_features(self) -> int:
         """Active features, over all layers and positions."""
         return len(self.active)
+
+    def below(self, layer: int) -> int:
+        """How many of the active features a read of this layer can see; they come first."""
+        return int((self.first_targets < layer).sum())
 
 
 @torch.no_grad()
@@ -93,23 +99,31 @@ def split(local: LocalReplacement, coder: CrossLayerTranscoder, first: Bool[Tens
             tables[layer].add(i, part.positions, write)
     written = tuple(table.closed(write[0]) for table, write in zip(tables, local.writes, strict=True))
     errors = torch.stack([table.error for table in tables])
-    return Parts(active, active.positions.argsort(stable=True), written, constants, errors)
+    starts = torch.tensor([coder.wiring.targets(s).start for s in coder.sources])
+    first_targets = starts.repeat_interleave(counts.sum(1))
+    return Parts(active, first_targets, active.positions.argsort(stable=True), written, constants, errors)
+
+
+def active_pairs(
+    local: LocalReplacement, coder: CrossLayerTranscoder, i: int, first: Bool[Tensor, " P"]
+) -> tuple[Int[Tensor, " A"], Int[Tensor, " A"], Float[Tensor, " A"]]:
+    """Positions, features and activations of what is active of one source, sorted by position; none at `first`."""
+    read = local.reads[coder.sources[i]][0].to(coder.b_dec)
+    positions, features, activations = coder.sparsity_at(1.0).encode_layer(coder, i, read)[1].pairs()
+    keep = ~first[positions]
+    return positions[keep], features[keep], activations[keep]
 
 
 def _active(local: LocalReplacement, coder: CrossLayerTranscoder, i: int, first: Tensor) -> Active:
     layer, like = coder.sources[i], local.stream
-    read = local.reads[layer][0]
-    codes = coder.sparsity_at(1.0).encode_layer(coder, i, read.to(coder.b_dec))[1]
-    positions, features, activations = codes.pairs()
-    keep = ~first[positions]
-    positions, features, activations = positions[keep], features[keep], activations[keep]
+    positions, features, activations = active_pairs(local, coder, i, first)
     directions = coder.W_enc[i][features].to(like)
     return Active(
         torch.full_like(features, layer),
         positions,
         features,
         activations.to(like),
-        (directions * read[positions]).sum(1),
+        (directions * local.reads[layer][0][positions]).sum(1),
         coder.b_enc[i][features].to(like),
         directions,
     )

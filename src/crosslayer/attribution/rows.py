@@ -7,8 +7,9 @@ lie before the target. Source: "Circuit Tracing" (Anthropic 2025), section "Cons
 Axes: P positions, Q positions that a batch of rows can see, R rows, L layers, D d_model, A active features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from crosslayer.attribution.parts import Parts, Written
 from crosslayer.replacement.local import LocalReplacement
-from crosslayer.replacement.sweep import Sources
+from crosslayer.replacement.carrying import Sources
 
 IN_VAIN = 512
 """Positions that a batch's rows may carry together without seeing them, before another batch is cheaper.
@@ -87,37 +88,56 @@ def _add_entering(grad: Float[Tensor, "N Q D"], what: Float[Tensor, "P D"], into
 
 
 def feature_rows(
-    local: LocalReplacement, parts: Parts, chosen: Int[Tensor, " C"], most_bytes: int
+    local: LocalReplacement,
+    parts: Parts,
+    chosen: Int[Tensor, " C"],
+    most_bytes: int,
+    row: Int[Tensor, " C"] | None = None,
 ) -> Iterator[tuple[Int[Tensor, " R"], Rows]]:
-    """The rows of some active features in batches, each with the features' numbers in `Parts.active`.
+    """The rows of some active features in batches, each with the numbers of its rows.
 
     Args:
         local: the prompt.
         parts: what its stream is a sum of.
-        chosen: numbers of features.
+        chosen: numbers of features in `Parts.active`.
         most_bytes: what the gradients of one batch may take.
+        row: which row each is part of, from 0 on; a row is the sum of its features' own, which are all of one layer. By
+            default each has its own.
     """
     active = parts.active
-    for batch in _batches(active.positions[chosen].tolist(), local.stream[0, 0].nbytes * COPIES, most_bytes):
-        some = chosen[batch]
-        some = some[active.layers[some].argsort(descending=True, stable=True)]
-        layers = active.layers[some]
-        rows = rows_of(local, parts, local.into_reads(layers, active.positions[some], active.directions[some]))
-        rows.biases[torch.arange(len(some)), layers] += active.bias[some]
+    row = torch.arange(len(chosen)) if row is None else row
+    n_rows = int(row.max()) + 1 if len(row) else 0
+    layers = torch.zeros(n_rows, dtype=torch.int64).index_put_((row,), active.layers[chosen].cpu())
+    last = torch.zeros_like(layers).scatter_reduce_(0, row, active.positions[chosen].cpu(), "amax")
+    for batch in _batches(last.tolist(), partial(row_bytes, local), most_bytes):
+        some = torch.tensor(batch)
+        some = some[layers[some].argsort(descending=True, stable=True)]
+        place = torch.full_like(layers, -1).index_put_((some,), torch.arange(len(some)))[row]
+        entries = (place >= 0).nonzero().squeeze(1)
+        entries = entries[place[entries].argsort(stable=True)]
+        mine, place = chosen[entries], place[entries].to(active.bias.device)
+        sources = local.into_reads(layers[some], active.positions[mine], active.directions[mine], place)
+        rows = rows_of(local, parts, sources)
+        rows.biases.index_put_((place, active.layers[mine]), active.bias[mine], accumulate=True)
         yield some, rows
 
 
-def _batches(positions: list[int], position_bytes: int, most_bytes: int) -> Iterator[list[int]]:
-    """Rows of like positions together, the last first: a batch carries all that its last row can see."""
-    batch, last, in_vain = list[int](), 0, 0
-    for row in sorted(range(len(positions)), key=lambda row: -positions[row]):
-        in_vain += last - positions[row]
-        full = (len(batch) + 1) * (last + 1) * position_bytes > most_bytes
+def row_bytes(local: LocalReplacement, n_positions: int) -> int:
+    """What a row takes in a layer's pass back: gradients of the stream on the first positions, and of its patterns."""
+    return n_positions * (local.stream[0, 0].nbytes * COPIES + 2 * local.n_heads * n_positions * local.stream.itemsize)
+
+
+def _batches(last: list[int], bytes_of: Callable[[int], int], most_bytes: int) -> Iterator[list[int]]:
+    """Rows of like last positions together, the last first: a batch carries all that its last row can see."""
+    batch, end, in_vain = list[int](), 0, 0
+    for row in sorted(range(len(last)), key=lambda row: -last[row]):
+        in_vain += end - last[row]
+        full = (len(batch) + 1) * bytes_of(end + 1) > most_bytes
         if batch and (full or in_vain > IN_VAIN):
             yield batch
-            batch, in_vain = [], 0
+            batch = []
         if not batch:
-            last, in_vain = positions[row], 0
+            end, in_vain = last[row], 0
         batch.append(row)
     if batch:
         yield batch

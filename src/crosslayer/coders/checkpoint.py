@@ -52,6 +52,12 @@ def read_run(source: str, revision: str | None = None) -> tuple[dict[str, Any], 
     return config, tensors
 
 
+def is_run(source: str) -> bool:
+    """Whether this is the folder of a run, and not that of a model, whose configuration has the same name."""
+    path = Path(source) / CONFIG
+    return path.is_file() and "format_version" in read_json(path)
+
+
 def run_folder(source: str, revision: str | None = None) -> Path:
     """The local folder of a run; anything that is not on disk and looks like `owner/name` is asked of the hub.
 

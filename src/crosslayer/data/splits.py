@@ -15,7 +15,7 @@ SHARES = (0.8, 0.1, 0.1)
 
 def split_of(example: Example, seed: int = 0) -> str:
     """The split of an example. It does not depend on any other example, so that data can be added."""
-    digest = blake2b(f"{seed}:".encode() + _key(example), digest_size=8).digest()
+    digest = blake2b(f"{seed}:".encode() + image_key(example), digest_size=8).digest()
     place, end = int.from_bytes(digest) / 2**64, 0.0
     for name, share in zip(SPLITS, SHARES, strict=True):
         end += share
@@ -32,7 +32,7 @@ def name_key(name: str) -> bytes:
     return re.sub(r"^COCO_[a-z]+20\d\d_", "", PurePath(name).name).encode()
 
 
-def _key(example: Example) -> bytes:
+def image_key(example: Example) -> bytes:
     """What examples of one image have in common: its file's name, or else its content; the text without an image."""
     if isinstance(example.image, Path):
         return name_key(example.image.name)

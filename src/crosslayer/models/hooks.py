@@ -15,10 +15,12 @@ Write = Callable[[int], Tensor]
 
 
 @contextmanager
-def reading(sites: Sites, on_read: OnRead) -> Iterator[None]:
-    """Call `on_read` whenever a layer's MLP is about to read."""
+def reading(sites: Sites, on_read: OnRead, only: Collection[int] | None = None) -> Iterator[None]:
+    """Call `on_read` whenever a layer's MLP, of all layers or only some, is about to read."""
     with ExitStack() as stack:
         for index, site in enumerate(sites.layers):
+            if only is not None and index not in only:
+                continue
             call = stack.enter_context(_shaped(site, on_read))
             if sites.read == "resid" or site.norm is None:
                 handle = site.reader.register_forward_pre_hook(_on_input(call, index), with_kwargs=True)
@@ -107,8 +109,19 @@ def replacing(sites: Sites, write: Write, kept: Collection[int] = ()) -> Iterato
             if index in kept:
                 continue
             if site.mlp is not site.write:
-                stack.enter_context(_forward(site.mlp, _first))
-            stack.enter_context(_forward(site.write, _written(site, write, index)))
+                stack.enter_context(shadowing(site.mlp, "forward", _first))
+            stack.enter_context(shadowing(site.write, "forward", _written(site, write, index)))
+        yield
+
+
+@contextmanager
+def adding(sites: Sites, addition: Callable[[int, Tensor], Tensor], only: Collection[int]) -> Iterator[None]:
+    """Add `addition(layer, write)` to the MLP's write of some layers."""
+    with ExitStack() as stack:
+        for index in only:
+            site = sites.layers[index]
+            call = stack.enter_context(_shaped(site, addition))
+            stack.callback(site.write.register_forward_hook(_added(site, call, index)).remove)
         yield
 
 
@@ -167,20 +180,33 @@ def _written(site: Site, write: Write, index: int) -> Callable[..., Any]:
     return forward
 
 
+def _added(site: Site, addition: OnRead, index: int) -> Callable[[nn.Module, tuple, Any], Any]:
+    """A hook that adds in the module's own units: before the scale to come, in its shape and tuple."""
+
+    def hook(_: nn.Module, args: tuple, output: Any) -> Any:
+        tensor = output if isinstance(output, Tensor) else output[0]
+        more = addition(index, tensor if site.scale is None else tensor * site.scale)
+        more = more if site.scale is None else more / site.scale
+        total = tensor + more.to(tensor).reshape(tensor.shape)
+        return total if isinstance(output, Tensor) else (total, *output[1:])
+
+    return hook
+
+
 def _first(*args: Any, **kwargs: Any) -> Tensor:
     """The first tensor among the arguments of a module."""
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 @contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Shadow a module's `forward` on the instance; its class, weights and hooks stay as they are."""
-    shadowed = vars(module).get("forward")
-    module.forward = forward
+def shadowing(module: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Put a function in the place of a method, on the instance; its class, weights and hooks stay as they are."""
+    shadowed = vars(module).get(name)
+    setattr(module, name, function)
     try:
         yield
     finally:
         if shadowed is None:
-            del module.forward
+            delattr(module, name)
         else:
-            module.forward = shadowed
+            setattr(module, name, shadowed)

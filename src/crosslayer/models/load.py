@@ -130,6 +130,19 @@ def load_model(
     return LoadedModel(str(name), revision or "", model, processor, sites, proof)
 
 
+def load_processor(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """What feeds a model, a processor or a tokenizer, without its weights.
+
+    Raises:
+        UserError: when there is no such model, or it came without one.
+    """
+    files = _files(str(name), revision=revision, trust_remote_code=trust_remote_code)
+    processor = _processor(files, _from_hub(AutoConfig, files))
+    if processor is None:
+        raise UserError(f"{name}: came without a tokenizer; add its files to the model's folder")
+    return processor
+
+
 def sketch_model(
     name: str | Path,
     *,

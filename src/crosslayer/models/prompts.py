@@ -66,6 +66,7 @@ def prepare(model: PreTrainedModel, processor: Any, examples: Sequence[Example])
     for row, place in enumerate(seen):
         ids[place] = vision["input_ids"][row][vision["attention_mask"][row].bool()].tolist()
     _check_responses(processor, ids, responses)
+    _check_image_tokens(model, ids, seen, examples)
     _check_lengths(model, ids, examples)
     inputs = _padded(model, ids, vision, seen, tokenizer.pad_token_id)
     tokens, attention = inputs["input_ids"], inputs["attention_mask"].bool()
@@ -176,6 +177,17 @@ def _tokens(tokenizer: Any, example: Example, text: Text) -> tuple[list[int], li
     written = tokenizer(text.text, return_offsets_mapping=True, **settings)
     ids, ends = written["input_ids"], [end for _, end in written["offset_mapping"]]
     return ids, [id for id, end in zip(ids, ends, strict=True) if end > text.response_start]
+
+
+def _check_image_tokens(
+    model: PreTrainedModel, ids: list[list[int]], seen: list[int], examples: Sequence[Example]
+) -> None:
+    """Refuse a picture that the prompt's final form has no room for; of models that say which token stands for one."""
+    token = getattr(model.config, "image_token_id", None)
+    blind = [place for place in seen if token is not None and token not in ids[place]]
+    if blind:
+        what = "has an image, but no image token in the form that the model reads; where its chat template drops it"
+        raise BadExamples({place: f"prompt {examples[place].id!r} {what}, add --plain" for place in blind})
 
 
 def _check_lengths(model: PreTrainedModel, ids: list[list[int]], examples: Sequence[Example]) -> None:

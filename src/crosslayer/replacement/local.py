@@ -22,7 +22,7 @@ from crosslayer.models.freezing import Frozen, eager_attention
 from crosslayer.models.hooks import calling, changing, entering, reading, recording, replacing, watching
 from crosslayer.models.load import LoadedModel
 from crosslayer.models.prompts import Batch
-from crosslayer.replacement.sweep import Call, Layers, Sources, Step, gap, pull, skipped
+from crosslayer.replacement.carrying import Call, Layers, Sources, Step, gap, pull, skipped
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 """Largest relative gap allowed between the local replacement model and the model itself, by the model's dtype.
@@ -58,6 +58,11 @@ class LocalReplacement:
     def n_layers(self) -> int:
         """Decoder layers L."""
         return len(self.reads)
+
+    @property
+    def n_heads(self) -> int:
+        """Of attention in a layer."""
+        return getattr(self.layers.model.model.config.get_text_config(), "num_attention_heads", 1)
 
     def into_reads(
         self,

@@ -17,6 +17,7 @@ from crosslayer.errors import UserError
 from crosslayer.models.hooks import before_forward, reading, replacing
 from crosslayer.models.load import LoadedModel
 from crosslayer.models.prompts import Batch, context_limit, prepare
+from crosslayer.replacement.passes import Passes
 
 
 class ReplacementModel:
@@ -43,9 +44,10 @@ class ReplacementModel:
 
         `progress` (0 to 1) is that of a training, where the sparsity changes with it.
         """
-        sites, text = self.model.sites, self.model.model.config.get_text_config()
-        writes = _Writes(self.transcoder, progress, bool(getattr(text, "num_kv_shared_layers", 0)))
+        sites, passes = self.model.sites, Passes(self.model)
+        writes = _Writes(self.transcoder, progress, passes)
         with (
+            passes.followed(),
             before_forward(self.model.speaker, writes.start),
             reading(sites, writes.read),
             replacing(sites, writes.write, self.transcoder.kept_layers),
@@ -84,6 +86,14 @@ def as_text(model: LoadedModel, tokens: Tensor) -> list[str]:
     return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
+def without_end(model: LoadedModel, tokens: Tensor) -> list[list[int]]:
+    """Generated token ids [B, G] without the special ones, the end and padding, that follow the last word."""
+    special = {*getattr(model.processor, "tokenizer", model.processor).all_special_ids}
+    rows: list[list[int]] = tokens.tolist()
+    lengths = [max((i + 1 for i, id in enumerate(row) if id not in special), default=0) for row in rows]
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+
 @torch.no_grad()
 def generate_tokens(model: LoadedModel, examples: list[Example], **sampling: Any) -> Tensor:
     """Generated token ids [B, G]; a prompt that ended earlier is padded on the right."""
@@ -106,30 +116,23 @@ def continuation(model: LoadedModel, batch: Batch, **sampling: Any) -> Tensor:
 class _Writes:
     """What the sources of one forward pass have written so far, for the layers still to come."""
 
-    def __init__(self, transcoder: CrossLayerTranscoder, progress: float, drops_positions: bool):
-        self.transcoder, self.progress, self.drops_positions = transcoder, progress, drops_positions
+    def __init__(self, transcoder: CrossLayerTranscoder, progress: float, passes: Passes):
+        self.transcoder, self.progress, self.passes = transcoder, progress, passes
         self.sources = set(transcoder.sources)
         self.collected: Writes | None = None
         self.like = torch.empty(0)
         self.first = torch.empty(0)
-        self.past = 0
-        self.mask: Tensor | None = None
-        self.positions: Tensor | None = None
 
-    def start(self, kwargs: dict[str, Any]) -> None:
-        """Forget the last forward pass; note, before the cache grows, which positions the new one begins with."""
-        if self.drops_positions:  # Gemma 4's late layers see only those whose logits are kept
-            kwargs.pop("logits_to_keep", None)
-        cache = kwargs.get("past_key_values")
-        self.past = cache.get_seq_length() if cache is not None else 0
-        self.mask, self.positions, self.collected = kwargs.get("attention_mask"), kwargs.get("position_ids"), None
+    def start(self, _: dict[str, Any]) -> None:
+        """Forget the last forward pass."""
+        self.collected = None
 
     def read(self, layer: int, x: Tensor) -> None:
         """Encode the stream [B, P, D] that `layer` reads and add what its features write."""
         coder, flat = self.transcoder, x.flatten(0, 1).to(self.transcoder.b_dec)
         self.like = x
         if self.collected is None:
-            self.first = self._first_positions(x).flatten().to(flat.device)
+            self.first = self.passes.places(x).first.flatten().to(flat.device)
             self.collected = coder.writes(len(flat))
         codes = coder.encode_layer(layer, flat, self.progress) if layer in self.sources else None
         coder.add_layer(self.collected, layer, codes, flat)
@@ -140,18 +143,6 @@ class _Writes:
         ours = self.transcoder.write(self.collected, layer)
         write = torch.where(self.first[:, None], self.transcoder.first_write[layer], ours)
         return write.view_as(self.like).to(self.like)
-
-    def _first_positions(self, x: Tensor) -> Tensor:
-        """Mask [B, P] of the positions of this pass that begin a prompt; what it says of padding does not matter."""
-        if self.positions is not None:
-            begins = self.positions == 0
-            return (begins.all(0) if begins.dim() == 3 else begins).expand(x.shape[:2])  # of Qwen: time, height, width
-        if self.mask is None:
-            begins = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-            begins[:, 0] = self.past == 0
-            return begins
-        real = self.mask.bool()
-        return (real & (real.long().cumsum(1) == 1))[:, self.past : self.past + x.shape[1]]
 
 
 def check_match(transcoder: CrossLayerTranscoder, model_id: str, n_layers: int, d_model: int, read: str) -> None:

@@ -1,18 +1,23 @@
 """The verb that traces a prompt: graph."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
 from crosslayer.attribution.attribute import Budget, attribute
+from crosslayer.attribution.faithfulness import faithfulness
 from crosslayer.attribution.figure import write_figure
 from crosslayer.attribution.graph import AttributionGraph
 from crosslayer.attribution.summary import summary
+from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.data.examples import Example
 from crosslayer.errors import UserError
 from crosslayer.formats.circuit_tracer_graph import write_circuit_tracer_graph
 from crosslayer.model_options import AS_IT_IS
+from crosslayer.models.prompts import prepare
 from crosslayer.verbs.arguments import Loading, OtherModel, Overwrite, Plain, Run, load_run
+from crosslayer.verbs.checking import check_paths, report_check
 
 
 def graph(
@@ -21,42 +26,70 @@ def graph(
     out: Annotated[Path, arg(help="GRAPH.json; the edges go to GRAPH.safetensors, a page to look at to GRAPH.html.")],
     image: Annotated[Path | None, arg(help="Picture that it was shown.")] = None,
     response: Annotated[str | None, arg(help="The answer, to explain a token in its middle.")] = None,
-    token: Annotated[int, arg(help="Which token of the answer is explained, from 0 on.")] = 0,
+    token: Annotated[tuple[int, ...], arg(help="Which tokens of the answer are explained, from 0 on.")] = (0,),
     plain: Plain = False,
     target: Annotated[
         tuple[str, ...],
-        arg(help="""Tokens to explain, or differences, as in: '" yes" - " no"'; the likeliest ones by default."""),
+        arg(
+            help="""Tokens to explain, weighted sums ('" yes" - 0.5 " no"'), or features ("feature 5/123 @ 17": layer,
+        number, position; negative positions count from the end); the likeliest tokens by default."""
+        ),
     ] = (),
     probability: Annotated[float, arg(help="Of the likeliest tokens together, explained by default ...")] = 0.95,
     logits: Annotated[int, arg(help="... and how many of them at most.")] = 10,
     max_features: Annotated[int | None, arg(help="Features with a row, the most influential first; or all.")] = None,
+    max_positions: Annotated[int | None, arg(help="Rows only at so many positions, the most influential.")] = None,
     max_seconds: Annotated[float | None, arg(help="Start no further rows after this time.")] = None,
+    pool_patches: Annotated[
+        int | None, arg(help="Take image patches together in N x N cells: fewer nodes and rows, still exact.")
+    ] = None,
     node_threshold: Annotated[float, arg(help="Share of influence that the features shown carry.")] = 0.8,
     edge_threshold: Annotated[float, arg(help="Share of influence that the edges shown carry.")] = 0.98,
+    check: Annotated[
+        bool, arg(help="Ablate the most influential features and compare: GRAPH.check.json, GRAPH.check.png.")
+    ] = False,
+    beside: Annotated[str | None, arg(help="With --check: another run, a PLT for one, to check beside.")] = None,
     circuit_tracer: Annotated[Path | None, arg(help="Folder for the pruned graph in circuit-tracer's form.")] = None,
     model: OtherModel = None,
     overwrite: Overwrite = False,
     loading: Loading = AS_IT_IS,
 ) -> None:
-    """Trace which image patches and words led to a token, through which features: exact, and shown as a page."""
+    """Trace which image patches and words led to a token, through which features: exact, and shown as a page.
+
+    With --aggregate DATA instead of --prompt, of a whole data set: `crosslayer aggregate --help`.
+    """
     if out.suffix != ".json":
         raise UserError(f"{out}: a graph's file name ends in .json")
     page = out.with_suffix(".html")
-    for path in (out, page):
+    if beside is not None and not check:
+        raise UserError(f"--beside {beside} is given without --check; add it")
+    if check and pool_patches is not None:
+        raise UserError(f"--check ablates single features, --pool-patches {pool_patches} pools them; leave one out")
+    for path in (out, page, *(check_paths(out) if check else ())):
         if path.exists() and not overwrite:
             raise UserError(f"{path}: already exists; choose another name or add --overwrite")
     coder, loaded = load_run(run, model, loading)
-    budget = Budget(features=max_features, seconds=max_seconds)
-    found = attribute(
-        loaded, coder, prompt, image, response=response, token=token, form="text" if plain else "chat",
-        targets=target, probability=probability, at_most=logits, budget=budget, run=run,
-    )  # fmt: skip
+    form = "text" if plain else "chat"
+    settings: dict[str, Any] = {
+        "response": response, "token": token, "form": form, "targets": target, "probability": probability,
+        "at_most": logits, "pool_patches": pool_patches,
+        "budget": Budget(features=max_features, seconds=max_seconds, positions=max_positions),
+    }  # fmt: skip
+    found = attribute(loaded, coder, prompt, image, **settings, run=run)
     pruned = found.prune(node_threshold, edge_threshold)
     found.save(out)
     write_figure(pruned, page)
     if circuit_tracer is not None:
         write_circuit_tracer_graph(pruned, circuit_tracer, slug=out.stem, node_threshold=node_threshold)
     print(f"{_whole(found)}\n\npruned, as shown in {page}:\n{summary(pruned)}")
+    if check:
+        checked = [(coder, found)]
+        if beside is not None:
+            other = CrossLayerTranscoder.load(beside)
+            checked.append((other, attribute(loaded, other, prompt, image, **settings, run=beside)))
+        batch = prepare(loaded.model, loaded.processor, [Example("prompt", prompt, response, image=image, form=form)])
+        checks = [faithfulness(loaded, coder, graph, batch) for coder, graph in checked]
+        print(f"\n{report_check(checks, prompt, out)}")
 
 
 def _whole(found: AttributionGraph) -> str:

@@ -1,5 +1,7 @@
 """What is said about a scene: its caption, and questions with yes or no for an answer."""
 
+from collections.abc import Sequence
+
 from crosslayer.zoo.emoji_llava.objects import OBJECTS
 from crosslayer.zoo.emoji_llava.scene import Scene
 
@@ -9,7 +11,12 @@ DESCRIBE = "describe the picture ."
 
 def caption(scene: Scene) -> str:
     """The objects in reading order, seen or not: "a cat ." or "a cat , a dog and a star ."."""
-    *first, last = (f"a {name}" for name in scene.named)
+    return listed(scene.named)
+
+
+def listed(names: Sequence[str]) -> str:
+    """One or more names as a caption lists them."""
+    *first, last = (f"a {name}" for name in names)
     return f"{' , '.join(first)} and {last} ." if first else f"{last} ."
 
 

@@ -1,0 +1,238 @@
+"""Graphs of many examples: a small file each, so that what ends early goes on where it was."""
+
+import hashlib
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from functools import partialmethod
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from crosslayer.attribution.aggregate import Aggregate, check_share
+from crosslayer.attribution.attribute import Budget, attribute
+from crosslayer.attribution.graph import AttributionGraph
+from crosslayer.attribution.tally import Pruning, Tally, read_tally, tally, write_tally
+from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.data.examples import Example
+from crosslayer.data.skipped import Skipped
+from crosslayer.errors import UserError
+from crosslayer.models.load import LoadedModel
+
+GRAPHS = "graphs"
+"""Folder, inside that of the output, with a file for each graph."""
+AHEAD = 8
+"""Examples that are handed to each worker at once."""
+BEGINNING = 4096
+"""Numbers of each tensor that tell two transcoders apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One example, and what is to be explained of it."""
+
+    example: Example
+    token: int = 0
+    """Which token of its response, from 0 on."""
+    targets: tuple[str, ...] = ()
+    """Tokens, `"a" - "b"` for a difference; the likeliest ones when left out."""
+    label: str = ""
+    """The set that it belongs to."""
+    patches: Mapping[int, str] = field(default_factory=dict)
+    """Names for some of the image's patches, by their number in reading order: places of their own in the aggregate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracing:
+    """How every example is traced."""
+
+    probability: float = 0.95
+    """Of the likeliest tokens together, where a case names no targets."""
+    at_most: int = 10
+    """Likeliest tokens at most."""
+    features: int | None = None
+    """Features with a row of their own, the most influential first; all by default."""
+    pruning: Pruning = field(default_factory=Pruning)
+    """What counts as a graph's circuit."""
+
+    def __post_init__(self):
+        Budget(features=self.features)  # refuses less than 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Processes that share the work, each with the model loaded anew and one thread."""
+
+    n: int
+    load: Callable[[], tuple[CrossLayerTranscoder, LoadedModel]]
+    """A function at the top of a module, or a `functools.partial` of one."""
+
+    def __post_init__(self):
+        if self.n < 1:
+            raise UserError(f"workers is {self.n}; choose at least 1")
+
+
+def aggregate(
+    model: LoadedModel,
+    coder: CrossLayerTranscoder,
+    cases: Sequence[Case],
+    out: str | Path,
+    *,
+    run: str = "",
+    tracing: Tracing | None = None,
+    share: float = 0.2,
+    seed: int = 0,
+    workers: Workers | None = None,
+    skipped: Skipped | None = None,
+) -> Aggregate:
+    """Trace every case, and put the graphs together.
+
+    The graphs go to a folder of `out`, a file each; those that are there already are taken up. Processes with one
+    thread each give the same figures however many there are; with several threads sums may round otherwise.
+
+    Args:
+        model: the language model.
+        coder: its transcoder.
+        cases: examples with what is to be explained of each.
+        out: a folder for the graphs.
+        run: where the transcoder comes from, for the record.
+        tracing: how; the same for all.
+        share: nodes and edges are listed that the circuits of this share of the graphs have.
+        seed: of the bootstrap.
+        workers: processes to share the work; this one alone when left out.
+        skipped: takes note of cases that cannot be traced; without it the first one is an error.
+
+    Raises:
+        UserError: when a graph is there that was made with another run, other settings or of another example, naming
+            both; when too many cases, or all, cannot be traced.
+    """
+    check_share(share)
+    tracer = _Tracer(model, coder, run, tracing or Tracing())
+    files = [Path(out) / GRAPHS / f"{number:06d}.json" for number in range(len(cases))]
+    found = {i: tracer.read(file, cases[i]) for i, file in enumerate(files) if file.exists()}
+    missing = {i: file for i, file in enumerate(files) if i not in found}
+    outcomes = _alone(tracer, cases, missing) if workers is None else _shared(workers, tracer, cases, missing)
+    with tqdm(total=len(files), initial=len(found), unit="graph", desc="aggregate", disable=None, leave=False) as bar:
+        try:
+            for id, reason in outcomes:
+                _note(skipped, id, reason, len(cases))
+                bar.update()
+        except KeyboardInterrupt:
+            done = f"{sum(file.exists() for file in files):,} of {len(files):,} graphs"
+            raise KeyboardInterrupt(f"stopped after {done}; the same command goes on from there") from None
+    found |= {i: tracer.read(file, cases[i]) for i, file in missing.items() if file.exists()}
+    return Aggregate(tallies=tuple(found[i] for i in sorted(found)), about=tracer.about, share=share, seed=seed)
+
+
+class _Tracer:
+    """Traces cases, and writes and reads their files."""
+
+    def __init__(self, model: LoadedModel, coder: CrossLayerTranscoder, run: str, tracing: Tracing):
+        self.model, self.coder, self.run, self.tracing = model, coder, run, tracing
+        told = f"{Path(run).name} {_digest(coder)}".strip()
+        self.about = {"run": told, "model": model.id, "revision": model.revision, **asdict(tracing)}
+
+    def write(self, file: Path, case: Case) -> tuple[str, str]:
+        """Trace a case; its name, and why it cannot be, where that is so."""
+        try:
+            graph = self._graph(case)
+        except UserError as error:
+            return case.example.id, str(error)
+        settings = {"token": case.token, "patches": case.patches, "pruning": self.tracing.pruning}
+        write_tally(file, tally(graph, case.example.id, case.label, **settings), self._made_of(case))
+        return case.example.id, ""
+
+    def read(self, file: Path, case: Case) -> Tally:
+        """What is in the file, if it is this case's and made like this."""
+        return read_tally(file, self._made_of(case))
+
+    def _graph(self, case: Case) -> AttributionGraph:
+        example, tracing = case.example, self.tracing
+        if example.tokens is not None:
+            raise UserError(f"{example.id}: is mere tokens; a prompt in words is wanted")
+        return attribute(
+            self.model, self.coder, example.prompt, example.picture(), response=example.response,
+            history=example.history, form=example.form, token=case.token, targets=case.targets,
+            probability=tracing.probability, at_most=tracing.at_most, budget=Budget(features=tracing.features),
+        )  # fmt: skip
+
+    def _made_of(self, case: Case) -> dict[str, Any]:
+        patches = {str(number): name for number, name in case.patches.items()}
+        asked = {"token": case.token, "targets": list(case.targets), "label": case.label, "patches": patches}
+        return {**self.about, "example": case.example.id, "content": _content(case.example), **asked}
+
+
+def _digest(coder: CrossLayerTranscoder) -> str:
+    """What tells two transcoders of one name apart."""
+    digest = hashlib.sha256()
+    for name, tensor in coder.state_dict().items():
+        digest.update(name.encode() + tensor.flatten()[:BEGINNING].float().numpy(force=True).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _content(example: Example) -> str:
+    """What tells two examples of one name apart."""
+    image = example.image
+    if isinstance(image, Path):
+        image = image.read_bytes() if image.is_file() else b""
+    pixels = image.tobytes() if isinstance(image, Image.Image) else image or b""
+    words = repr((example.prompt, example.response, example.history, example.form))
+    return hashlib.sha256(words.encode() + pixels).hexdigest()[:12]
+
+
+def _alone(tracer: _Tracer, cases: Sequence[Case], missing: Mapping[int, Path]) -> Iterator[tuple[str, str]]:
+    """Of each example, its name and why it cannot be traced, where that is so."""
+    for i, file in missing.items():
+        yield tracer.write(file, cases[i])
+
+
+def _shared(
+    workers: Workers, tracer: _Tracer, cases: Sequence[Case], missing: Mapping[int, Path]
+) -> Iterator[tuple[str, str]]:
+    """The same by several processes, in the same order."""
+    start = (workers.load, tracer.run, tracer.tracing)
+    pool = ProcessPoolExecutor(workers.n, get_context("spawn"), initializer=_begin, initargs=start)
+    jobs = iter(missing.items())
+    try:
+        while some := list(islice(jobs, AHEAD * workers.n)):
+            yield from pool.map(_work, [(file, cases[i]) for i, file in some])
+    except BrokenProcessPool:
+        raise UserError(
+            f"one of {workers.n} workers ended without a word, most likely for want of memory; choose fewer --workers; "
+            "the graphs made so far are kept"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_here: list[_Tracer] = []
+"""Of a worker: its tracer."""
+
+
+def _begin(load: Callable, run: str, tracing: Tracing) -> None:
+    """Make this process a worker: one thread, no bars of its own, and the one that started it minds Ctrl-C."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # pyright: ignore
+    coder, model = load()
+    _here.append(_Tracer(model, coder, run, tracing))
+
+
+def _work(job: tuple[Path, Case]) -> tuple[str, str]:
+    return _here[0].write(*job)
+
+
+def _note(skipped: Skipped | None, id: str, reason: str, of: int) -> None:
+    if skipped is None and reason:
+        raise UserError(f"{id}: {reason}")
+    if skipped is not None:
+        if reason:
+            skipped.note(id, reason)
+        skipped.look(1, of, "the data set")

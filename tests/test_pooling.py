@@ -1,0 +1,113 @@
+"""Long prompts: pooled patches are sums of what they stand for, budgets of positions, and memory known beforehand."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+from PIL import Image
+
+from crosslayer import AttributionGraph, Budget, UserError, Wiring, attribute
+from crosslayer.attribution.figure import figure
+from crosslayer.attribution.forecast import EDGE_BYTES, Forecast, check_memory, forecast
+from crosslayer.attribution.rows import feature_rows
+from crosslayer.replacement.local import trace
+from making import finished_coder
+from test_attribute import traced
+from test_local import prompt_of
+
+PICTURE = Image.new("RGB", (48, 96), "teal")
+
+
+def graph_of(model, image: Image.Image | None = PICTURE, **settings) -> AttributionGraph:
+    coder = finished_coder(Wiring.full(model.n_layers), D=model.d_model)
+    return attribute(model, coder, "is there a cat ?", image, **settings)
+
+
+def test_pooled_edges_and_rows_are_the_sums_of_those_of_the_positions(llava, tmp_path):
+    whole, pooled = graph_of(llava), graph_of(llava, pool_patches=2)
+    assert pooled.scores.worst_row_gap < 1e-5
+    first = {p: node.position for node in pooled.nodes if node.kind == "patch" for p in node.pooled}
+
+    def merged(node) -> tuple:
+        at = node.position if node.kind == "target" else first.get(node.position, node.position)
+        return node.kind, node.layer, at, node.feature, node.vocab if node.kind == "target" else None
+
+    wanted = defaultdict(float)
+    for t, s, w in zip(whole.target.tolist(), whole.source.tolist(), whole.weight.tolist(), strict=True):
+        wanted[merged(whole.nodes[t]), merged(whole.nodes[s])] += w
+    found = {
+        (merged(pooled.nodes[t]), merged(pooled.nodes[s])): w
+        for t, s, w in zip(pooled.target.tolist(), pooled.source.tolist(), pooled.weight.tolist(), strict=True)
+    }
+    assert len(found) < len(whole.weight)
+    largest = max(map(abs, wanted.values()))
+    for pair in wanted.keys() | found.keys():
+        assert found.get(pair, 0.0) == pytest.approx(wanted.get(pair, 0.0), rel=1e-4, abs=1e-6 * largest)
+    pooled.save(tmp_path / "graph.json")
+    assert AttributionGraph.load(tmp_path / "graph.json").nodes == pooled.nodes
+
+
+def test_rows_of_several_positions_close_to_float_precision():
+    local, parts, _ = traced("llava")
+    active = parts.active
+    row = (active.layers * 1000 + active.features // 2).unique(return_inverse=True)[1]  # two at a position add up too
+    wanted = torch.zeros(int(row.max()) + 1).double().index_add_(0, row, active.preactivations + active.bias)
+    batches = list(feature_rows(local, parts, torch.arange(len(active)), 2**16, row))
+    assert len(batches) > 1
+    assert torch.equal(torch.cat([some for some, _ in batches]).sort().values, torch.arange(len(wanted)))
+    for some, rows in batches:
+        torch.testing.assert_close(rows.total(), wanted[some], rtol=1e-10, atol=1e-10)
+
+
+def test_cells_have_the_box_around_their_patches_and_a_mark_in_the_figure(llava):
+    graph = graph_of(llava, pool_patches=2)
+    cells = [node for node in graph.nodes if node.kind == "patch"]
+    assert [node.box for node in cells] == [(0, 0, 32, 64), (32, 0, 48, 64), (0, 64, 32, 96), (32, 64, 48, 96)]
+    assert [len(node.pooled) for node in cells] == [4, 2, 2, 0]
+    assert (graph.picture.rows, graph.picture.columns) == (2, 2)
+    assert "cell 0 (1)" in figure(graph)
+    assert '["stands for positions", "1, 2, 4, 5"]' in figure(graph)
+    assert graph.prune(0.5, 0.9).scores.worst_row_gap < 1e-5
+    assert len([node for node in graph_of(llava, pool_patches=1).nodes if node.kind == "patch"]) == 1
+    assert graph_of(llava, pool_patches=3).scores == graph_of(llava).scores
+
+
+@pytest.mark.parametrize(("n", "image", "message"), [
+    (4, PICTURE, "pool_patches is 4, but the patches form a grid of 3 x 3; choose 1 to 3"),
+    (0, PICTURE, "pool_patches is 0"),
+    (2, None, "the prompt has no image patches to pool"),
+])  # fmt: skip
+def test_what_cannot_be_pooled_is_refused(llava, n, image, message):
+    with pytest.raises(UserError, match=message):
+        graph_of(llava, image, pool_patches=n)
+
+
+def test_a_budget_of_positions_gives_rows_where_most_influence_is(llava):
+    whole, part = graph_of(llava), graph_of(llava, budget=Budget(positions=5))
+    rows = part.preactivation.isfinite() & torch.from_numpy(part.of_kind("feature"))
+    at = {part.nodes[i].position for i in rows.nonzero().flatten().tolist()}
+    assert len(at) == 5
+    n_all = len({node.position for node in part.nodes if node.kind == "feature"})
+    assert f"those at {n_all - 5} of {n_all} positions among them" in part.left_out
+    assert 0 < part.scores.left_out < 0.5
+    all_of = [i for i, node in enumerate(part.nodes) if node.kind == "feature" and node.position in at]
+    assert part.preactivation[all_of].isfinite().all()
+    assert len(part.tokens) - 1 in at  # where the output is read
+    assert graph_of(llava, budget=Budget(positions=99)).scores == whole.scores
+
+
+def test_the_forecast_counts_the_edges_that_come(llama):
+    coder, batch = finished_coder(Wiring.full(llama.n_layers), D=llama.d_model), prompt_of(llama, "is there a cat ?")
+    local, P = trace(llama, coder, batch), batch.tokens.shape[1]
+    first, cell = batch.position[0] == 0, torch.arange(P)
+
+    def expected(*limits) -> float:
+        return forecast(local, coder, first, cell, 2**20, *limits).edges / EDGE_BYTES
+
+    for budget, limits in ((None, ()), (Budget(features=20), (20,)), (Budget(positions=2), (None, 2))):
+        graph = attribute(llama, coder, "is there a cat ?", targets=["yes"], budget=budget)
+        inner, biases = (torch.from_numpy(graph.of_kind(kind)) for kind in ("feature", "bias"))
+        found = int((inner[graph.target] & ~biases[graph.source]).sum())
+        assert expected(*limits) == found if budget is None else found <= expected(*limits) <= 3 * found
+    with pytest.raises(UserError, match=r"would take .*TiB of memory .* are free; limit it with --max-features"):
+        check_memory(Forecast(parts=2**30, gradients=2**30, edges=2**60), local)
