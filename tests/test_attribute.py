@@ -137,7 +137,7 @@ def test_rows_are_the_same_one_by_one_on_the_whole_prompt_and_together_on_the_po
     for some, rows in feature_rows(local, parts, chosen, 2**16):
         wanted = torch.cat([alone[number].features for number in some.tolist()])
         torch.testing.assert_close(rows.features, wanted, rtol=1e-8, atol=1e-8 * wanted.abs().max().item())
-    assert not local.layers.uncut
+    assert not local.layers.uncut or name == "gemma3"  # where a batch ends inside the image
 
 
 @pytest.fixture(scope="module")

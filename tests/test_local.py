@@ -10,8 +10,8 @@ from crosslayer.coders.input_norm import LayerNorm
 from crosslayer.models.probe import probe
 from crosslayer.models.prompts import Batch, prepare
 from crosslayer.models.resolve import resolve_sites
-from crosslayer.replacement.local import LocalReplacement, trace
 from crosslayer.replacement.carrying import Sources
+from crosslayer.replacement.local import LocalReplacement, trace
 from families import PICTURE, TEXT, VISUAL, FamilyProcessor, family
 from making import random_coder, traces
 

@@ -176,7 +176,7 @@ class _Growing:
         return torch.arange(len(self.nodes) - len(nodes), len(self.nodes))
 
     def _place_features(self, n: int) -> Int[Tensor, " n"]:
-        """Add a node for each of the first n features and cell that it is active in; where that of each active one is."""
+        """Add a node for each of the first n features and its cell; where that of each is."""
         active = self.parts.active
         layers, positions, features = (part[:n].cpu() for part in (active.layers, active.positions, active.features))
         keys, which = torch.stack([layers, self.inputs.cell[positions], features], 1).unique(dim=0, return_inverse=True)

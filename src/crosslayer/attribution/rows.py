@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from crosslayer.attribution.parts import Parts, Written
-from crosslayer.replacement.local import LocalReplacement
 from crosslayer.replacement.carrying import Sources
+from crosslayer.replacement.local import LocalReplacement
 
 IN_VAIN = 512
 """Positions that a batch's rows may carry together without seeing them, before another batch is cheaper.
