@@ -234,9 +234,13 @@ class _Growing:
         closed = at[~torch.isin(at, opened)].unique()
         return torch.cat([opened, _largest(closed, total[closed], n)])
 
+    def _all_edges(self) -> list[Tensor]:
+        """Targets, sources and weights of all edges so far."""
+        return [torch.cat(part) for part in zip(*self.edges, strict=True)]
+
     def _influence(self) -> Float[Tensor, " N"]:
         """Of all nodes, by the rows that are known so far."""
-        target, source, weight = (torch.cat(part) for part in zip(*self.edges, strict=True))
+        target, source, weight = self._all_edges()
         rank = torch.tensor([node.rank(self.local.n_layers) for node in self.nodes])
         edges = Edges(rank.numpy(), target.numpy(), source.numpy(), weight.double().numpy())
         return torch.from_numpy(influence(edges, self.target_weight.double().numpy()).node)
@@ -258,12 +262,12 @@ class _Growing:
         whole = torch.cat(values, 1).cpu()
         by_node = whole.new_zeros(len(whole), len(self.nodes)).index_add_(1, torch.cat(columns), whole)
         row, column = by_node.nonzero(as_tuple=True)
-        self.edges.append((places[row], column, by_node[row, column]))
+        self.edges.append((places[row].int(), column.int(), by_node[row, column]))
         self.preactivation[places] = preactivations.float().cpu()
 
     def graph(self, prompt: str, batch: Batch, tokenizer: Any, model: str, run: str) -> AttributionGraph:
         """What has grown."""
-        target, source, weight = (torch.cat(part) for part in zip(*self.edges, strict=True))
+        target, source, weight = self._all_edges()
         return AttributionGraph(
             prompt=prompt,
             tokens=tuple(tokenizer.decode([id]) for id in batch.tokens[0].tolist()),
@@ -271,8 +275,8 @@ class _Growing:
             run=run,
             n_layers=self.local.n_layers,
             nodes=tuple(self.nodes),
-            target=target,
-            source=source,
+            target=target.long(),
+            source=source.long(),
             weight=weight.float(),
             preactivation=self.preactivation,
             target_weight=self.target_weight,

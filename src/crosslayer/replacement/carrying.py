@@ -30,7 +30,7 @@ An image block that attends both ways and is cut in two misses it by orders of m
 """
 
 
-SIZES = 8
+SIZES = 3
 """Sizes that a batch grows through as rows join: fewer shapes leave fewer holes in memory and less code to compile."""
 
 
@@ -125,10 +125,9 @@ class Layers:
             run, end = self._run(layer, ahead.shape[1]), n + layers.count(layer)
             size = min(whole, -(-end * SIZES // whole) * whole // SIZES + 1)
             ahead = pad(ahead, (0, 0, 0, run.entry.shape[1] - ahead.shape[1], 0, size - len(ahead)))
-            joining = torch.zeros_like(ahead[n:] if end > n else ahead[:0])
             mine = (row >= n) & (row < end)
-            where = (row[mine] - n, position[mine])
-            joining.index_put_(where, vectors[mine].to(ahead), accumulate=True)
+            joining = torch.zeros_like(ahead) if end > n else ahead[:0]
+            joining.index_put_((row[mine], position[mine]), vectors[mine].to(ahead), accumulate=True)
             step = _back(layer, run, n, ahead, joining, passed)
             if self.coder.skip is not None:
                 passed[layer] = step.write
@@ -199,7 +198,7 @@ def _back(layer: int, run: _Run, n: int, ahead: Tensor, joining: Tensor, passed:
     if n:
         outputs[run.output] = ahead[:, None].to(run.output)
     if len(joining):
-        outputs[run.read] = pad(joining, (0, 0, 0, 0, n, 0))[:, None].to(run.read)
+        outputs[run.read] = joining[:, None].to(run.read)
     for target, part in run.passed.items():
         if target in passed:
             grad = passed[target]
