@@ -25,6 +25,7 @@ from crosslayer.replacement.actions import Ablate, Add, Scale, Set
 from crosslayer.replacement.edit_file import EditFile
 from crosslayer.replacement.editing import edited
 from crosslayer.replacement.interventions import Intervention, Steer
+from crosslayer.replacement.loading_edits import load_edit
 from crosslayer.replacement.model import ReplacementModel
 from crosslayer.replacement.patching import patched
 from crosslayer.replacement.sweeping import sweep
@@ -90,6 +91,7 @@ __all__ = [
     "edited",
     "evaluate",
     "load_data",
+    "load_edit",
     "load_model",
     "patched",
     "respond",

@@ -29,7 +29,7 @@ def split_responses(responses: Sequence[Response], *, seed: int = 0, at_least: i
         n = sum(response.hallucinates for response in part)
         if n < at_least:
             total = sum(response.hallucinates for response in responses)
-            wanted = max(2 * round(at_least / min(SPLITS.values())), 2 * at_least)
+            wanted = max(2 * round(at_least / min(SPLITS.values())), 2 * total)
             raise UserError(
                 f"of {total} responses that hallucinate, {n} fall to the split {name}, {at_least} are needed; "
                 f"about {wanted} in all would do"

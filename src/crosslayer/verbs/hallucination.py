@@ -4,10 +4,14 @@ from typing import Annotated, Any
 
 from tyro.conf import Suppress, arg, subcommand
 
+from crosslayer.verbs.contrasting import contrast
 from crosslayer.verbs.scoring import score
+from crosslayer.verbs.suppressing import suppress
 
 Step = Annotated[
     Annotated[Any, subcommand(name="score", constructor=score)]
+    | Annotated[Any, subcommand(name="contrast", constructor=contrast)]
+    | Annotated[Any, subcommand(name="suppress", constructor=suppress)]
     | Annotated[None, Suppress],  # a union needs two members
     arg(name=""),
 ]

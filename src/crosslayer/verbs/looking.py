@@ -15,6 +15,7 @@ from crosslayer.evaluation import evaluate as run_evaluation
 from crosslayer.files import write_text
 from crosslayer.model_options import AS_IT_IS
 from crosslayer.models.load import LoadedModel
+from crosslayer.replacement.loading_edits import load_edit
 from crosslayer.replacement.model import ReplacementModel
 from crosslayer.replacement.model import generate as run_generation
 from crosslayer.report import (
@@ -81,24 +82,29 @@ def generate(
     image: Annotated[Path | None, arg(help="Picture to show it.")] = None,
     max_new_tokens: Annotated[int, arg(help="Tokens to generate at most.")] = 32,
     plain: Plain = False,
+    edit: Annotated[Path | None, arg(help="Edit file for this run: the original under it answers too.")] = None,
     temperature: Annotated[float, arg(help="0 is greedy; above it, sampling.")] = 0.0,
     model: OtherModel = None,
     loading: Loading = AS_IT_IS,
 ) -> None:
-    """Let the original and the replacement answer the same prompt, side by side."""
+    """Let the original, the replacement, and the original under an edit answer the same prompt, side by side."""
     check_positive(max_new_tokens=max_new_tokens)
     if temperature < 0:
         raise UserError(f"temperature is {temperature}; choose 0 for greedy or more")
     coder, loaded = load_run(run, model, loading)
+    editing = None if edit is None else load_edit(edit, loaded, coder)
     examples = [
         Example("prompt", prompt, form="text" if plain else "chat", image=None if image is None else open_image(image))
     ]
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if temperature:
         settings |= {"do_sample": True, "temperature": temperature}
-    original = run_generation(loaded, examples, **settings)[0]
-    replaced = ReplacementModel(loaded, coder).generate_batch(examples, **settings)[0]
-    print(side_by_side({"original": original, "replacement": replaced}))
+    answers = {"original": run_generation(loaded, examples, **settings)[0]}
+    answers["replacement"] = ReplacementModel(loaded, coder).generate_batch(examples, **settings)[0]
+    if editing is not None:
+        with editing:
+            answers["edited"] = run_generation(loaded, examples, **settings)[0]
+    print(side_by_side(answers))
 
 
 def _wiring(model: LoadedModel, span: int | None, first_target: int) -> Wiring:

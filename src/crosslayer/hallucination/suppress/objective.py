@@ -1,0 +1,331 @@
+"""What an edit is chosen by, on the images set apart for that: hallucinations undone, and what else changes.
+
+Undone: the mean of softplus(margin + slack) over hallucinated decisions, of captions and, weighted, of questions; it
+falls while a mention is still within the slack of being made. Collateral: the mean KL(original || edited), in nats, at
+the tokens of the model's own responses about images on which it does not hallucinate, with planted partners that are
+really there among them. The objective is the first plus a weight times the second, and is differentiable in the
+strength of each feature.
+
+Axes: B rows, P positions, V vocabulary, S sources, F features.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import softplus
+from tqdm import tqdm
+
+from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.errors import UserError
+from crosslayer.hallucination.decisions import Decided, Decision, Without, as_batch, decisions
+from crosslayer.hallucination.responses import CAPTION, QUESTION, Response
+from crosslayer.hallucination.suppress.strengths import turned_down
+from crosslayer.models.load import LoadedModel
+from crosslayer.models.prompts import Batch, prepare
+from crosslayer.replacement.where import Where
+
+Under = Callable[[Batch], AbstractContextManager[object]]
+"""Puts an edit on the model for the passes over a batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighing:
+    """What the objective counts, and how much."""
+
+    slack: float = 0.5
+    """By which a margin must be below 0, in logits, before pushing it on is worth little."""
+    questions: float = 0.5
+    """Weight of hallucinated answers beside hallucinated mentions in captions."""
+    collateral: float = 60.0
+    """Weight of a nat of KL beside a logit of margin."""
+    cases: int = 160
+    """Hallucinated mentions of captions at most; of questions half as many."""
+    clean: int = 60
+    """Clean responses of each kind at most."""
+    at_least: int = 20
+    """Hallucinated decisions below which nothing can be chosen."""
+
+    def __post_init__(self):
+        if min(self.slack, self.questions, self.collateral) < 0:
+            raise UserError(
+                f"slack and weights are {self.slack}, {self.questions}, {self.collateral}; choose 0 or more"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """The objective of one edit."""
+
+    value: float
+    captions: float
+    """Mean softplus of hallucinated mentions in captions."""
+    questions: float
+    kl: float
+    """Nats a token of clean responses."""
+    named: float
+    """Share of the hallucinated mentions in captions whose margin is still positive."""
+    affirmed: float
+    """The same of questions."""
+
+
+class Objective:
+    """The objective on some images' responses.
+
+    Args:
+        model: the language model.
+        responses: labelled, of the images that may be chosen on.
+        folder: of their file.
+        weighing: what counts how much.
+        without: what captions would be without a mention, where that is known.
+        seed: of the choice among responses, where there are more than asked for.
+        batch_prompts: responses in one pass.
+
+    Raises:
+        UserError: when too few decisions are hallucinated, or no image is free of hallucination.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        responses: Sequence[Response],
+        folder: Path,
+        weighing: Weighing = Weighing(),
+        *,
+        without: Without | None = None,
+        seed: int = 0,
+        batch_prompts: int = 64,
+    ):
+        self.model, self.folder, self.weighing = model, folder, weighing
+        self.hallucinated, self.true = cases(model, responses, weighing, without, seed)
+        self.parts: list[_Part] = []
+        weights = {CAPTION: 1.0, QUESTION: weighing.questions}
+        for kind, weight in weights.items():
+            made = [d for d in self.hallucinated if d.response.kind == kind]
+            for some in batches(made, batch_prompts):
+                decided = as_batch(model, some, folder)
+                self.parts.append(_Mentions(decided, kind, weight, 1 / len(made), weighing.slack))
+        self.collateral = Collateral(
+            model, clean_responses(responses, weighing.clean, seed), folder, batch_prompts=batch_prompts
+        )
+        self.parts += [_Clean(part, weighing.collateral) for part in self.collateral.parts]
+
+    @torch.no_grad()
+    def measure(self, under: Under) -> Terms:
+        """The objective under an edit."""
+        sums: dict[str, float] = {}
+        for part in self._bar():
+            _add(sums, part.figures(self._logits(part, under)))
+        return _terms(sums)
+
+    def gradient(
+        self, coder: CrossLayerTranscoder, strengths: Float[Tensor, "S F"], where: Where
+    ) -> tuple[Terms, Float[Tensor, "S F"]]:
+        """The objective with features turned down by these strengths, and its derivative in each of them."""
+        leaf, sums = strengths.detach().clone().requires_grad_(), {}
+        total = torch.zeros_like(leaf)
+        for part in self._bar():
+            figures = part.figures(self._logits(part, partial(_turned_down, self.model, coder, leaf, where)))
+            _add(sums, figures)
+            total += torch.autograd.grad(figures["value"], leaf)[0]
+        return _terms(sums), total
+
+    def _bar(self) -> Iterable["_Part"]:
+        return tqdm(self.parts, unit="batch", desc="objective", disable=None, leave=False, delay=5)
+
+    def _logits(self, part: "_Part", under: Under) -> Tensor:
+        with under(part.batch):
+            return self.model.model(**part.batch.inputs, use_cache=False).logits
+
+
+class Collateral:
+    """How far an edit moves what the model says where it says nothing wrong: KL at the tokens of clean responses.
+
+    Responses of one kind and setting, and those about planted partners, are means of their own, which count alike.
+    The original's distributions are kept for all these tokens.
+    """
+
+    def __init__(self, model: LoadedModel, responses: Sequence[Response], folder: Path, *, batch_prompts: int = 64):
+        self.model = model
+        self.parts: list[_Reference] = []
+        strata = group(responses, stratum)
+        for same in strata.values():
+            made = [_reference(model, some, folder) for some in batches(same, batch_prompts)]
+            tokens = sum(len(part.log_p) for part in made)
+            self.parts += [
+                _Reference(part.batch, part.predicts, part.log_p, 1 / (tokens * len(strata))) for part in made
+            ]
+
+    @torch.no_grad()
+    def kl(self, under: Under) -> float:
+        """Nats a token, the mean over the kinds of responses."""
+        total = 0.0
+        for part in self.parts:
+            with under(part.batch):
+                logits = self.model.model(**part.batch.inputs, use_cache=False).logits
+            total += float(part.kl(logits))
+        return total
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Clean responses and what the original predicts at their tokens."""
+
+    batch: Batch
+    predicts: Bool[Tensor, "B P"]
+    """True where a token of the response is predicted."""
+    log_p: Float[Tensor, "N V"]
+    weight: float
+    """Of each token."""
+
+    def kl(self, logits: Float[Tensor, "B P V"]) -> Tensor:
+        log_q = precise(logits[self.predicts]).log_softmax(-1)
+        return (self.log_p.exp() * (self.log_p - log_q)).sum() * self.weight
+
+
+@dataclass(frozen=True)
+class _Mentions:
+    """Hallucinated decisions of one kind."""
+
+    decided: Decided
+    kind: str
+    weight: float
+    each: float
+    """One over how many there are."""
+    slack: float
+
+    @property
+    def batch(self) -> Batch:
+        return self.decided.batch
+
+    def figures(self, logits: Tensor) -> dict[str, Tensor]:
+        margin = self.decided.margin(precise(logits))
+        undone = softplus(margin + self.slack).sum() * self.each
+        positive = (margin > 0).sum() * self.each
+        named = {CAPTION: ("captions", "named"), QUESTION: ("questions", "affirmed")}[self.kind]
+        return {"value": self.weight * undone, named[0]: undone, named[1]: positive}
+
+
+@dataclass(frozen=True)
+class _Clean:
+    reference: _Reference
+    weight: float
+
+    @property
+    def batch(self) -> Batch:
+        return self.reference.batch
+
+    def figures(self, logits: Tensor) -> dict[str, Tensor]:
+        kl = self.reference.kl(logits)
+        return {"value": self.weight * kl, "kl": kl}
+
+
+_Part = _Mentions | _Clean
+
+
+def cases(
+    model: LoadedModel, responses: Sequence[Response], weighing: Weighing, without: Without | None, seed: int
+) -> tuple[list[Decision], list[Decision]]:
+    """Hallucinated decisions, and true ones about the same objects as far as there are some.
+
+    Raises:
+        UserError: when too few are hallucinated, with how many are needed.
+    """
+    limits = {CAPTION: weighing.cases, QUESTION: weighing.cases // 2}
+    wrong, right = [], []
+    for kind, limit in limits.items():
+        same = [r for r in responses if r.kind == kind and r.mentions]
+        found = decisions(model, [r for r in same if r.hallucinates], without)
+        wrong += drawn([d for d in found if d.hallucinated], limit, seed, lambda d: d.response.id)
+        objects = {d.mention.object for d in wrong}
+        clean = decisions(model, drawn([r for r in same if not r.hallucinates], 4 * limit, seed), without)
+        right += sorted(clean, key=lambda d: d.mention.object not in objects)[:limit]
+    if len(wrong) < weighing.at_least:
+        raise UserError(
+            f"{len(wrong)} hallucinated mentions fall to the images that edits are chosen on, {weighing.at_least} are "
+            f"needed; score about {max(2, -(-2 * weighing.at_least // max(len(wrong), 1)))} times as many images"
+        )
+    return wrong, right
+
+
+def clean_responses(responses: Sequence[Response], limit: int, seed: int) -> list[Response]:
+    """Responses about images with no hallucination in any response, at most `limit` of each kind (see `stratum`).
+
+    Raises:
+        UserError: when there are none.
+    """
+    wrong = {r.image_id for r in responses if r.hallucinates}
+    clean = [r for r in responses if r.image_id not in wrong and r.response]
+    if not clean:
+        raise UserError(
+            "the model hallucinates on every image, so nothing tells what an edit spoils; score more images"
+        )
+    return [r for same in group(clean, stratum).values() for r in drawn(same, limit, seed)]
+
+
+def stratum(response: Response) -> tuple[Any, ...]:
+    """Which responses are alike: a kind, in a setting, about a planted partner or not."""
+    return response.kind, response.setting, response.pair is not None and response.object == response.pair[1]
+
+
+def group(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    """Items by key, keys in the order of their first item."""
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def drawn(items: Sequence[Any], n: int, seed: int, id: Callable[[Any], str] = lambda r: r.id) -> list[Any]:
+    """At most n items, in their order; which ones depends on their ids and the seed alone."""
+
+    def lot(i: int) -> bytes:
+        return blake2b(f"{seed}:{id(items[i])}".encode(), digest_size=8).digest()
+
+    return [items[i] for i in sorted(sorted(range(len(items)), key=lot)[:n])]
+
+
+def batches(items: Sequence[Any], n: int) -> list[Sequence[Any]]:
+    """Runs of at most n items."""
+    return [items[i : i + n] for i in range(0, len(items), n)]
+
+
+def precise(logits: Tensor) -> Tensor:
+    """In float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def as_it_is(_: Batch) -> AbstractContextManager[None]:
+    """No edit."""
+    return nullcontext()
+
+
+@torch.no_grad()
+def _reference(model: LoadedModel, responses: Sequence[Response], folder: Path) -> _Reference:
+    batch = prepare(model.model, model.processor, [r.answered(folder) for r in responses])
+    predicts = torch.zeros_like(batch.response)
+    predicts[:, :-1] = batch.response[:, 1:]
+    logits = model.model(**batch.inputs, use_cache=False).logits
+    return _Reference(batch, predicts, precise(logits[predicts]).log_softmax(-1), 1.0)
+
+
+def _turned_down(
+    model: LoadedModel, coder: CrossLayerTranscoder, strengths: Tensor, where: Where, batch: Batch
+) -> AbstractContextManager[object]:
+    return turned_down(model, coder, strengths, where, batch)
+
+
+def _add(sums: dict[str, float], figures: dict[str, Tensor]) -> None:
+    for name, figure in figures.items():
+        sums[name] = sums.get(name, 0.0) + float(figure.detach())
+
+
+def _terms(sums: dict[str, float]) -> Terms:
+    return Terms(**{name: sums.get(name, 0.0) for name in Terms.__dataclass_fields__})

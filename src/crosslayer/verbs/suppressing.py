@@ -1,0 +1,98 @@
+"""The verb `hallucination suppress`: an edit of the original model under which it names less that is not there."""
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.data.load import EMOJI_SCENES
+from crosslayer.data.reading import DATA_KINDS
+from crosslayer.errors import UserError
+from crosslayer.files import read_json
+from crosslayer.hallucination.responses import RESPONSES, read_responses
+from crosslayer.hallucination.rewriting import without
+from crosslayer.hallucination.suppress.calibration import Calibration
+from crosslayer.hallucination.suppress.everything import EDIT, Plan, read_features
+from crosslayer.hallucination.suppress.everything import suppress as run_suppression
+from crosslayer.hallucination.suppress.objective import Weighing
+from crosslayer.hallucination.suppress.protocol import Protocol, Trial
+from crosslayer.hallucination.synonyms import EMOJI, load_table
+from crosslayer.model_options import AS_IT_IS
+from crosslayer.verbs.arguments import Loading, OtherModel, Run, check_positive, load_run
+from crosslayer.verbs.scoring import SCORE, Truth, score
+from crosslayer.verbs.suppress_tables import suppress_tables
+
+SCENES = 500
+"""Of each kind, where none have been scored: 200 of each for the test."""
+
+
+def suppress(
+    run: Run,
+    data: Annotated[
+        Positional[str | None],
+        arg(metavar="DATA", help=f"What to score first where --out holds no responses. {DATA_KINDS}"),
+    ] = None,
+    *,
+    out: Annotated[Path, arg(help="Folder of the results of `score`; adds suppress.json, edit.json and suppress/.")],
+    beside: Annotated[
+        str | None, arg(help="Another run on the same model, a PLT for one, under the same search.")
+    ] = None,
+    circuit: Annotated[Path | None, arg(help="JSON list of features (layer, feature) to try as one whole.")] = None,
+    plan: Annotated[Plan, arg(name="")] = Plan(),  # noqa: B008
+    weighing: Annotated[Weighing, arg(name="")] = Weighing(),  # noqa: B008
+    calibration: Annotated[Calibration, arg(name="")] = Calibration(),  # noqa: B008
+    control_images: Annotated[
+        int, arg(help="Images of the test on which chance is measured.")
+    ] = Protocol.control_images,
+    seed: Annotated[int, arg(help="Seed of the splits and of all that is drawn.")] = 0,
+    batch_prompts: Annotated[int, arg(help="Prompts in one pass.")] = Protocol.batch_prompts,
+    again: Annotated[bool, arg(help="Test once more what was tested with other settings; the files count it.")] = False,
+    model: OtherModel = None,
+    loading: Loading = AS_IT_IS,
+) -> None:
+    """Suppress hallucination: ablate features of the original model, its errors kept, as far as little is lost.
+
+    Features are chosen on one part of the images, the strength on a second, and the result is measured once on a third,
+    beside a difference of means, a linear probe, and features and directions drawn by lot. A method that is finished
+    is read from its file.
+    """
+    check_positive(control_images=control_images, batch_prompts=batch_prompts)
+    coder, loaded = load_run(run, model, loading)
+    other = None if beside is None else CrossLayerTranscoder.load(beside).requires_grad_(False)
+    features = () if circuit is None else read_features(circuit)
+    if not (out / RESPONSES).exists():
+        score(
+            loaded.id,
+            data,
+            out=out,
+            truth=Truth(questions=1),
+            limit=SCENES,
+            batch_prompts=batch_prompts,
+            loading=loading,
+        )
+    responses, about = read_responses(out / RESPONSES), read_json(out / SCORE)
+    if about["model"] not in ("", loaded.id):
+        raise UserError(
+            f"{out / RESPONSES}: answers of {about['model']}, but {run} was trained on {loaded.id}; score that model"
+        )
+    settings = Protocol(
+        weighing=weighing,
+        calibration=calibration,
+        control_images=control_images,
+        seed=seed,
+        batch_prompts=batch_prompts,
+    )
+    bundled = about["data"] == EMOJI_SCENES
+    trial = Trial(
+        loaded,
+        responses,
+        out,
+        load_table(about.get("synonyms") or EMOJI),
+        settings,
+        without=without if bundled else None,
+        again=again,
+    )
+    result = run_suppression(trial, coder.requires_grad_(False), plan=plan, beside=other, circuit=features)
+    print(suppress_tables(result))
+    print(f"\nthe edit is {out / EDIT}; try it: crosslayer generate {run} --edit {out / EDIT} --prompt ... --image ...")
