@@ -1,5 +1,6 @@
 """Dense products, by the quickest library that PyTorch carries."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +24,24 @@ def affine(
 
 
 def product(x: Float[Tensor, "N M"], W: Float[Tensor, "M K"]) -> Float[Tensor, "N K"]:
-    """x @ W, not differentiable; in fp32 on a CPU by oneDNN, without the copies that `affine` makes."""
-    return torch.ops.mkldnn._linear_pointwise(x, W.T, None, "none", [], "") if _by_onednn(x) else x @ W
+    """x @ W, not differentiable; in fp32 on a CPU by oneDNN, without the copies that `affine` makes.
+
+    That is private to PyTorch; where it is missing or takes other arguments, the usual product is used.
+    """
+    return QUICK(x, W.T, None, "none", [], "") if QUICK is not None and _by_onednn(x) else x @ W
+
+
+def _quick_product() -> Callable[..., Tensor] | None:
+    """PyTorch's own way to oneDNN; None where it is not as known here."""
+    try:
+        found = torch.ops.mkldnn._linear_pointwise.default
+    except AttributeError:
+        return None
+    return found if str(found._schema).startswith(KNOWN) else None
+
+
+KNOWN = "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm)"
+QUICK = _quick_product()
 
 
 class QuickProducts(TorchDispatchMode):
