@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Suppress, arg, subcommand
 
+from crosslayer.verbs.circuits import circuits
 from crosslayer.verbs.contrasting import contrast
 from crosslayer.verbs.scoring import score
 from crosslayer.verbs.suppressing import suppress
@@ -12,6 +13,7 @@ Step = Annotated[
     Annotated[Any, subcommand(name="score", constructor=score)]
     | Annotated[Any, subcommand(name="contrast", constructor=contrast)]
     | Annotated[Any, subcommand(name="suppress", constructor=suppress)]
+    | Annotated[Any, subcommand(name="circuits", constructor=circuits)]
     | Annotated[None, Suppress],  # a union needs two members
     arg(name=""),
 ]

@@ -1,0 +1,1 @@
+"""Circuits of hallucination: aggregated graphs of hallucinated against true answers, and what can be told from them."""
