@@ -234,9 +234,10 @@ class _Growing:
         closed = at[~torch.isin(at, opened)].unique()
         return torch.cat([opened, _largest(closed, total[closed], n)])
 
-    def _all_edges(self) -> list[Tensor]:
+    def _all_edges(self) -> tuple[Int[Tensor, " E"], Int[Tensor, " E"], Float[Tensor, " E"]]:
         """Targets, sources and weights of all edges so far."""
-        return [torch.cat(part) for part in zip(*self.edges, strict=True)]
+        target, source, weight = (torch.cat(part) for part in zip(*self.edges, strict=True))
+        return target.long(), source.long(), weight
 
     def _influence(self) -> Float[Tensor, " N"]:
         """Of all nodes, by the rows that are known so far."""
@@ -266,8 +267,9 @@ class _Growing:
         self.preactivation[places] = preactivations.float().cpu()
 
     def graph(self, prompt: str, batch: Batch, tokenizer: Any, model: str, run: str) -> AttributionGraph:
-        """What has grown."""
+        """What has grown, which then lives on in the graph alone."""
         target, source, weight = self._all_edges()
+        self.edges.clear()
         return AttributionGraph(
             prompt=prompt,
             tokens=tuple(tokenizer.decode([id]) for id in batch.tokens[0].tolist()),
@@ -275,8 +277,8 @@ class _Growing:
             run=run,
             n_layers=self.local.n_layers,
             nodes=tuple(self.nodes),
-            target=target.long(),
-            source=source.long(),
+            target=target,
+            source=source,
             weight=weight.float(),
             preactivation=self.preactivation,
             target_weight=self.target_weight,

@@ -28,8 +28,6 @@ PREFIX = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 An image block that attends both ways and is cut in two misses it by orders of magnitude.
 """
-
-
 SIZES = 3
 """Sizes that a batch grows through as rows join: fewer shapes leave fewer holes in memory and less code to compile."""
 
