@@ -54,6 +54,11 @@ def text_model() -> Subject:
     data = [xl.Example(str(i), text, form="text") for i, text in enumerate(texts)]
     if all(map(find_spec, PACKAGES)):
         return Subject("smollm2", xl.load_model("smollm2"), data)
+    return Subject("smollm2-shaped", smollm2_shaped(), data)
+
+
+def smollm2_shaped() -> xl.LoadedModel:
+    """A random Llama of the shape of SmolLM2-135M."""
     config = LlamaConfig(
         vocab_size=49_152,
         hidden_size=576,
@@ -65,7 +70,7 @@ def text_model() -> Subject:
     )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     sites, proof = resolve_sites(model, "resid", probe(model, None, False))
-    return Subject("smollm2-shaped", xl.LoadedModel("smollm2-shaped", "", model, tokenizer(), sites, proof), data)
+    return xl.LoadedModel("smollm2-shaped", "", model, tokenizer(), sites, proof)
 
 
 def timed(call: Callable[[], object]) -> tuple[float, float]:

@@ -9,7 +9,8 @@ from PIL import Image
 from crosslayer import CrossLayerTranscoder, Full, LoadedModel, LowRank, SourceTied, TargetTied, UserError, Wiring
 from crosslayer.attribution.attribute import Budget, attribute
 from crosslayer.attribution.graph import AttributionGraph
-from crosslayer.attribution.rows import Parts, Rows, feature_rows, rows_of, split
+from crosslayer.attribution.parts import Parts, split
+from crosslayer.attribution.rows import Rows, feature_rows, rows_of
 from crosslayer.attribution.targets import named, salient
 from crosslayer.coders.input_norm import LayerNorm
 from crosslayer.replacement.local import LocalReplacement, trace
@@ -49,13 +50,18 @@ def traced(name: str, **settings) -> tuple[LocalReplacement, Parts, CrossLayerTr
     return local, split(local, coder, batch.position[0] == 0), coder
 
 
-def all_rows(local: LocalReplacement, parts: Parts) -> list[tuple[int, torch.Tensor, Rows]]:
-    """Source number, active features and rows of all of them."""
-    return [
-        (i, some, rows)
-        for i, found in enumerate(parts.active)
-        for some, rows in feature_rows(local, parts, i, torch.arange(len(found)), 7)
-    ]
+def all_rows(local: LocalReplacement, parts: Parts) -> list[tuple[torch.Tensor, Rows]]:
+    """Active features and their rows, in small batches."""
+    return list(feature_rows(local, parts, torch.arange(parts.n_features), 2**16))
+
+
+def writes_of(parts: Parts, coder: CrossLayerTranscoder, a: int) -> dict[int, torch.Tensor]:
+    """What an active feature adds to the stream, by layer, from the definition."""
+    active, i = parts.active, coder.sources.index(int(parts.active.layers[a]))
+    feature = active.features[a : a + 1]
+    found, constants = active.activations[a] * coder.decoder.vectors(i, feature), coder.decoder.constants(i, feature)
+    found = found if constants is None else found + constants
+    return dict(zip(coder.wiring.targets(coder.sources[i]), found[0], strict=True))
 
 
 @pytest.mark.parametrize("settings", CODERS.values(), ids=CODERS)
@@ -63,46 +69,48 @@ def all_rows(local: LocalReplacement, parts: Parts) -> list[tuple[int, torch.Ten
 def test_every_row_closes(name, settings):
     local, parts, _ = traced(name, **settings)
     assert parts.n_features > 20
-    for i, some, rows in all_rows(local, parts):
-        found = parts.active[i]
-        torch.testing.assert_close(rows.total(), found.preactivations[some] + found.bias[some], rtol=1e-10, atol=1e-10)
+    active, seen = parts.active, []
+    for some, rows in all_rows(local, parts):
+        wanted = active.preactivations[some] + active.bias[some]
+        torch.testing.assert_close(rows.total(), wanted, rtol=1e-10, atol=1e-10)
+        seen.append(some)
+    assert len(seen) > 1
+    assert torch.equal(torch.cat(seen).sort().values, torch.arange(parts.n_features))
     vectors = torch.randn(3, local.logits.shape[2]).double()
     rows = rows_of(local, parts, local.into_logits(-1, vectors))
-    torch.testing.assert_close(rows.total(), vectors @ local.logits[0, -1].detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(rows.total(), vectors @ local.logits[0, -1], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("settings", CODERS.values(), ids=CODERS)
 def test_what_features_write_constants_and_errors_are_every_write(settings):
     local, parts, coder = traced("llama", **settings)
-    for t, write in enumerate(local.writes):
-        whole = parts.constants[t] + parts.errors[t]
-        for start, found in zip(parts.first_target, parts.active, strict=True):
-            if 0 <= t - start < found.writes.shape[1]:
-                whole = whole.index_add(0, found.positions, found.writes[:, t - start])
-        torch.testing.assert_close(whole, write[0].detach())
+    whole = parts.constants + parts.errors
+    for a, position in enumerate(parts.active.positions):
+        for t, write in writes_of(parts, coder, a).items():
+            whole[t, position] += write
+    for t, (write, written) in enumerate(zip(local.writes, parts.written, strict=True)):
+        torch.testing.assert_close(whole[t], write[0])
+        sums = [terms.sum(0) for terms in written.terms.split([count + 2 for count in written.counts])]
+        torch.testing.assert_close(torch.stack(sums), write[0])
         assert (parts.constants[t] == 0).all() == (t in coder.kept_layers)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "llava"])
 def test_doubling_a_source_moves_every_preactivation_and_the_logits_by_its_column(name):
-    local, parts, _ = traced(name)
-    rows, found = all_rows(local, parts), parts.active[0]
+    local, parts, coder = traced(name)
+    rows, active = all_rows(local, parts), parts.active
     vector = torch.randn(1, local.logits.shape[2]).double()
-    onto_logits = rows_of(local, parts, local.into_logits(-1, vector)).features[0][0]
-    for source in range(0, len(found), 5):
-        writes = {
-            parts.first_target[0] + place: _at(found.positions[source], write, local.stream)
-            for place, write in enumerate(found.writes[source])
-        }
+    onto_logits = rows_of(local, parts, local.into_logits(-1, vector)).features[0]
+    for source in range(0, int((active.layers == 0).sum()), 5):
+        position = active.positions[source]
+        writes = {t: _at(position, write, local.stream) for t, write in writes_of(parts, coder, source).items()}
         reads, logits = local.replay(0.0, writes)
-        moved = (vector @ (logits - local.logits.detach())[0, -1]).item()
+        moved = (vector @ (logits - local.logits)[0, -1]).item()
         assert moved == pytest.approx(onto_logits[source].item(), rel=1e-8, abs=1e-10)
-        for i, some, row in rows:
-            at = parts.active[i]
-            before, after = local.reads[at.layer][0].detach(), reads[at.layer][0]
-            moved = ((after - before)[at.positions[some]] * at.directions[some]).sum(1)
-            column = row.features[0][:, source] if row.features else torch.zeros(len(some)).double()
-            torch.testing.assert_close(moved, column, rtol=1e-8, atol=1e-10)
+        change = torch.stack([after - before for after, before in zip(reads, local.reads, strict=True)])[:, 0]
+        for some, row in rows:
+            moved = (change[active.layers[some], active.positions[some]] * active.directions[some]).sum(1)
+            torch.testing.assert_close(moved, row.features[:, source], rtol=1e-8, atol=1e-10)
 
 
 def _at(position: torch.Tensor, write: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -113,11 +121,23 @@ def _at(position: torch.Tensor, write: torch.Tensor, like: torch.Tensor) -> torc
 
 def test_edges_of_a_layer_to_itself_and_to_earlier_positions_are_none():
     local, parts, _ = traced("llama")
-    for i, some, rows in all_rows(local, parts):
-        assert len(rows.features) == i  # strictly earlier layers alone
-        assert rows.errors.shape[1] == parts.active[i].layer
-        later = torch.arange(local.stream.shape[1]) > parts.active[i].positions[some][:, None]
-        assert not rows.stream[later].any()
+    active, L = parts.active, local.n_layers
+    for some, rows in all_rows(local, parts):
+        layers, positions = active.layers[some, None], active.positions[some, None]
+        assert not rows.features[(active.layers >= layers) | (active.positions > positions)].any()
+        assert not rows.errors[torch.arange(L) >= layers].any()
+        assert not rows.stream[torch.arange(local.stream.shape[1]) > positions].any()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma3", "qwen3_vl"])
+def test_rows_are_the_same_one_by_one_on_the_whole_prompt_and_together_on_the_positions_they_see(name):
+    local, parts, _ = traced(name, skip=Wiring.full(2))
+    whole, chosen = replace(local, layers=replace(local.layers, uncut={0, 1})), torch.arange(0, parts.n_features, 9)
+    alone = {int(some): rows for some, rows in feature_rows(whole, parts, chosen, 1)}
+    for some, rows in feature_rows(local, parts, chosen, 2**16):
+        wanted = torch.cat([alone[number].features for number in some.tolist()])
+        torch.testing.assert_close(rows.features, wanted, rtol=1e-8, atol=1e-8 * wanted.abs().max().item())
+    assert not local.layers.uncut or name == "gemma3"  # where a batch ends inside the image
 
 
 @pytest.fixture(scope="module")

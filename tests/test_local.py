@@ -10,7 +10,8 @@ from crosslayer.coders.input_norm import LayerNorm
 from crosslayer.models.probe import probe
 from crosslayer.models.prompts import Batch, prepare
 from crosslayer.models.resolve import resolve_sites
-from crosslayer.replacement.local import LocalReplacement, Sources, trace
+from crosslayer.replacement.carrying import Sources
+from crosslayer.replacement.local import LocalReplacement, trace
 from families import PICTURE, TEXT, VISUAL, FamilyProcessor, family
 from making import random_coder, traces
 
@@ -50,14 +51,31 @@ def coder_of(model: LoadedModel, skip: Wiring | None = None, **settings) -> Cros
     return coder.to(model.model.dtype).requires_grad_(False)
 
 
+def at(layer: int, n: int) -> torch.Tensor:
+    """A layer as that of n rows."""
+    return torch.full((n,), layer)
+
+
+def onto(sources: Sources, writes: dict[int, torch.Tensor], entries: dict[int, torch.Tensor]) -> torch.Tensor:
+    """What flows into each row, its biases left out: of writes, and of what is added as a layer is entered."""
+    found = torch.zeros(sources.n_rows, dtype=writes[0].dtype)
+    for step in sources.steps:
+        for grad, what in ((step.write, writes), (step.entry, entries)):
+            if step.layer in what:
+                found[: len(grad)] += torch.einsum("rpd,pd->r", grad, what[step.layer][0, : grad.shape[1]])
+    return found
+
+
 def total(local: LocalReplacement, sources: Sources) -> torch.Tensor:
     """What all sources together amount to, for each row."""
-    out = torch.einsum("rpd,pd->r", sources.stream, local.stream[0]) + sources.biases.sum(1)
-    for layer in range(sources.writes.shape[2]):
-        out = out + torch.einsum("prd,pd->r", sources.writes[:, :, layer], local.writes[layer][0])
-    for layer, grad in sources.between.items():
-        out = out + torch.einsum("rpd,pd->r", grad, local.between[layer][0])
-    return out
+    steps = list(sources.steps)
+    found = onto(
+        Sources(sources.n_rows, iter(steps)), dict(enumerate(local.writes)), {0: local.stream, **local.between}
+    )
+    for step in steps:
+        for bias in step.biases.values():
+            found[: len(bias)] += bias
+    return found
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -68,7 +86,10 @@ def test_all_that_is_written_adds_up_to_every_read_and_to_the_logits(name):
     P, D = local.stream.shape[1:]
     for layer, read in enumerate(local.reads):
         vectors = torch.randn(P, D, dtype=read.dtype)
-        found, wanted = total(local, local.into_reads(layer, torch.arange(P), vectors)), (read[0] * vectors).sum(1)
+        found, wanted = (
+            total(local, local.into_reads(at(layer, P), torch.arange(P), vectors)),
+            (read[0] * vectors).sum(1),
+        )
         assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
     vectors = torch.randn(3, local.logits.shape[2], dtype=local.logits.dtype)
     wanted = vectors @ local.logits[0, -1]
@@ -93,9 +114,7 @@ def test_gradients_are_finite_differences_under_full_freeze(name):
     (reads, logits), P = local.replay(stream, writes), stream.shape[1]
     for layer, (read, before) in enumerate(zip(reads, local.reads, strict=True)):
         vectors = torch.randn(P, model.d_model, dtype=read.dtype)
-        sources = local.into_reads(layer, torch.arange(P), vectors)
-        predicted = torch.einsum("rpd,pd->r", sources.stream, stream[0])
-        predicted += sum(torch.einsum("prd,pd->r", sources.writes[:, :, k], writes[k][0]) for k in range(layer))
+        predicted = onto(local.into_reads(at(layer, P), torch.arange(P), vectors), writes, {0: stream})
         torch.testing.assert_close(((read - before)[0] * vectors).sum(1), predicted, rtol=1e-9, atol=1e-9)
     assert not torch.allclose(logits, local.logits)
 
@@ -106,7 +125,7 @@ def test_skips_and_norms_of_the_transcoders_own_are_paths_too(settings):
     local = trace(model, coder_of(model, **settings), prompt_of(model))
     P, vectors = local.stream.shape[1], torch.randn(local.stream.shape[1], model.d_model).double()
     for layer, read in enumerate(local.reads):
-        found = total(local, local.into_reads(layer, torch.arange(P), vectors))
+        found = total(local, local.into_reads(at(layer, P), torch.arange(P), vectors))
         torch.testing.assert_close(found, (read[0] * vectors).sum(1), rtol=1e-9, atol=1e-9)
 
 
@@ -126,6 +145,18 @@ def test_an_image_block_that_attends_both_ways_lets_later_patches_flow_into_earl
     batch = prompt_of(model)
     local = trace(model, coder_of(model), batch)
     patches = batch.image[0].nonzero().squeeze(1)
-    sources = local.into_reads(1, patches[:1], torch.ones(1, model.d_model).double())
-    assert sources.stream[0, patches[-1]].abs().max() > 0
-    assert sources.stream[0, patches[-1] + 1 :].abs().max() == 0
+    sources = local.into_reads(at(1, 1), patches[:1], torch.ones(1, model.d_model).double())
+    *_, last = sources.steps
+    assert 1 in local.layers.uncut
+    assert last.entry[0, patches[-1]].abs().max() > 0
+    assert last.entry[0, patches[-1] + 1 :].abs().max() == 0
+
+
+def test_a_row_of_several_entries_is_the_sum_of_theirs():
+    model = loaded("llama")
+    local = trace(model, coder_of(model), prompt_of(model))
+    layer, position, vectors = torch.tensor([1, 1, 0]), torch.tensor([2, 3, 1]), torch.randn(3, model.d_model).double()
+    alone = list(local.into_reads(layer, position, vectors).steps)
+    summed = list(local.into_reads(layer[1:], position, vectors, torch.tensor([0, 0, 1])).steps)
+    for one, two in zip(alone, summed, strict=True):
+        torch.testing.assert_close(two.entry, torch.cat([one.entry[:2].sum(0)[None], one.entry[2:]]))

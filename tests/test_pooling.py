@@ -49,12 +49,14 @@ def test_pooled_edges_and_rows_are_the_sums_of_those_of_the_positions(llava, tmp
 
 def test_rows_of_several_positions_close_to_float_precision():
     local, parts, _ = traced("llava")
-    for i, found in enumerate(parts.active):
-        row = (found.features // 2).unique(return_inverse=True)[1]  # two features at a position add up as well
-        wanted = torch.zeros(int(row.max()) + 1).double()
-        wanted.index_add_(0, row, found.preactivations + found.bias)
-        for some, rows in feature_rows(local, parts, i, torch.arange(len(found)), 3, row):
-            torch.testing.assert_close(rows.total(), wanted[row[some].unique()], rtol=1e-10, atol=1e-10)
+    active = parts.active
+    row = (active.layers * 1000 + active.features // 2).unique(return_inverse=True)[1]  # two at a position add up too
+    wanted = torch.zeros(int(row.max()) + 1).double().index_add_(0, row, active.preactivations + active.bias)
+    batches = list(feature_rows(local, parts, torch.arange(len(active)), 2**16, row))
+    assert len(batches) > 1
+    assert torch.equal(torch.cat([some for some, _ in batches]).sort().values, torch.arange(len(wanted)))
+    for some, rows in batches:
+        torch.testing.assert_close(rows.total(), wanted[some], rtol=1e-10, atol=1e-10)
 
 
 def test_cells_have_the_box_around_their_patches_and_a_mark_in_the_figure(llava):
@@ -100,7 +102,7 @@ def test_the_forecast_counts_the_edges_that_come(llama):
     first, cell = batch.position[0] == 0, torch.arange(P)
 
     def expected(*limits) -> float:
-        return forecast(local, coder, first, cell, 4, 2**20, *limits).edges / EDGE_BYTES
+        return forecast(local, coder, first, cell, 2**20, *limits).edges / EDGE_BYTES
 
     for budget, limits in ((None, ()), (Budget(features=20), (20,)), (Budget(positions=2), (None, 2))):
         graph = attribute(llama, coder, "is there a cat ?", targets=["yes"], budget=budget)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from crosslayer.coders.products import affine
+from crosslayer.coders import products
+from crosslayer.coders.products import QuickProducts, affine, product
 from making import array
 
 
@@ -48,3 +49,14 @@ def test_autocast_is_left_to_torch():
     x, W, b = parts(4)
     with torch.autocast("cpu", torch.bfloat16):
         assert affine(x, W, b).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("quick", [products.QUICK, None], ids=["oneDNN", "usual"])
+def test_a_product_of_passes_back_is_the_same_with_and_without_the_private_way(monkeypatch, quick):
+    monkeypatch.setattr(products, "QUICK", quick)
+    x, W = torch.randn(50, 33), torch.randn(33, 17)
+    np.testing.assert_allclose(array(product(x, W)), array(x) @ array(W), atol=6e-5)
+    leaf = torch.randn(50, 33, requires_grad=True)
+    with QuickProducts():
+        (grad,) = torch.autograd.grad(leaf @ W, leaf, torch.ones(50, 17))
+    np.testing.assert_allclose(array(grad), np.ones((50, 17)) @ array(W).T, atol=6e-5)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from crosslayer import CrossLayerTranscoder, LoadedModel, Target, UserError, attribute
-from crosslayer.attribution.rows import split
+from crosslayer.attribution.parts import split
 from crosslayer.attribution.targets import feature_target, named
 from crosslayer.replacement.local import trace
 from making import finished_coder
-from test_attribute import PROMPT, coder_of
+from test_attribute import PROMPT, coder_of, writes_of
 from test_local import loaded, prompt_of
 
 
@@ -36,8 +36,8 @@ def test_rows_of_directions_and_features_close_and_are_finite_differences():
     batch = prompt_of(model)
     local = trace(model, coder, batch)
     parts = split(local, coder, batch.position[0] == 0)
-    P, last = local.stream.shape[1], parts.active[1]
-    named_feature = f"feature 1/{int(last.features[-1])} @ {int(last.positions[-1]) - P}"
+    P, active = local.stream.shape[1], parts.active
+    named_feature = f"feature 1/{int(active.features[-1])} @ {int(active.positions[-1]) - P}"
     targets = [*directions(model), feature_target(named_feature, parts, coder, P)]
     graph = attribute(model, coder, PROMPT, targets=[*directions(model), named_feature])
     assert graph.scores.worst_row_gap < 1e-6
@@ -45,13 +45,13 @@ def test_rows_of_directions_and_features_close_and_are_finite_differences():
     weight = {
         (t, s): w for t, s, w in zip(graph.target.tolist(), graph.source.tolist(), graph.weight.tolist(), strict=True)
     }
-    found, moved_by_any = parts.active[0], 0
-    for a in range(0, len(found), 3):
+    moved_by_any = 0
+    for a in range(0, int((active.layers == 0).sum()), 3):
         writes = {t: torch.zeros_like(local.stream) for t in range(2)}
-        for t in range(2):
-            writes[t][0, found.positions[a]] = found.writes[a, t]
+        for t, write in writes_of(parts, coder, a).items():
+            writes[t][0, active.positions[a]] = write
         reads, logits = local.replay(0.0, writes)
-        source = graph.index[f"feature/0/{int(found.positions[a])}/{int(found.features[a])}"]
+        source = graph.index[f"feature/0/{int(active.positions[a])}/{int(active.features[a])}"]
         for row, target in zip(rows, targets, strict=True):
             after, before = (
                 (logits, local.logits) if target.layer is None else (reads[target.layer], local.reads[target.layer])

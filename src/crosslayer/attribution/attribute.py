@@ -12,12 +12,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from crosslayer.attribution.forecast import check_memory, forecast, row_bytes
+from crosslayer.attribution.forecast import check_memory, forecast
 from crosslayer.attribution.graph import AttributionGraph
 from crosslayer.attribution.influence import Edges, influence
 from crosslayer.attribution.inputs import Inputs, added, inputs_of
 from crosslayer.attribution.node import Node
-from crosslayer.attribution.rows import Active, Parts, Rows, feature_rows, rows_of, split
+from crosslayer.attribution.parts import Parts, split
+from crosslayer.attribution.rows import Rows, feature_rows, rows_of
 from crosslayer.attribution.targets import Target, checked, feature_target, is_feature, named, salient, weighted
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Example, open_image
@@ -104,10 +105,9 @@ def attribute(
         raise UserError("no token of the answer is named; give at least one, or leave token out")
     inputs = inputs_of(batch, tokenizer, picture, pool_patches)
     local = trace(model, coder, batch)
-    n_heads = getattr(model.model.config.get_text_config(), "num_attention_heads", 1)
     first, limits = batch.position[0] == 0, budget or Budget()
     most = (limits.features, limits.positions)
-    check_memory(forecast(local, coder, first, inputs.cell, n_heads, BATCH_BYTES, *most), local)
+    check_memory(forecast(local, coder, first, inputs.cell, BATCH_BYTES, *most), local)
     parts = split(local, coder, first)
     if not parts.n_features:
         raise UserError("no feature is active on this prompt, so there is nothing to trace; is the run of this model?")
@@ -115,7 +115,7 @@ def attribute(
     if not targets:
         likely = {"probability": probability, "at_most": at_most}
         chosen = [made for at in places for made in salient(local.logits[0, at].detach(), tokenizer, at, **likely)]
-    growing = _Growing(local, parts, inputs, chosen, n_heads)
+    growing = _Growing(local, parts, inputs, chosen)
     growing.add_targets()
     growing.add_features(limits)
     return growing.graph(prompt, batch, tokenizer, model.id, run)
@@ -148,11 +148,10 @@ def _made(
 class _Growing:
     """A graph that rows are added to."""
 
-    def __init__(self, local: LocalReplacement, parts: Parts, inputs: Inputs, targets: list[Target], n_heads: int):
+    def __init__(self, local: LocalReplacement, parts: Parts, inputs: Inputs, targets: list[Target]):
         L = local.n_layers
         top = max(L if target.layer is None else target.layer for target in targets)
-        self.local, self.parts, self.inputs = local, parts.below(top), inputs
-        self.targets, self.n_heads = targets, n_heads
+        self.local, self.parts, self.inputs, self.targets = local, parts, inputs, targets
         self.nodes: list[Node] = []
         cell, entering = inputs.cell, inputs.nodes
         self.at_stream = self._place(entering)[cell]
@@ -160,7 +159,7 @@ class _Growing:
             layer: self._place([added(layer, node) for node in entering])[cell] for layer in local.between
         }
         self.at_biases = self._place([Node(kind="bias", layer=layer if layer < L else None) for layer in range(L + 1)])
-        self.at_features = [self._place_features(found) for found in self.parts.active]
+        self.at_features = self._place_features(parts.below(top))
         self.at_errors = torch.stack(
             [self._place([_error(layer, node) for node in entering])[cell] for layer in range(L)]
         )
@@ -176,33 +175,40 @@ class _Growing:
         self.nodes += nodes
         return torch.arange(len(self.nodes) - len(nodes), len(self.nodes))
 
-    def _place_features(self, found: Active) -> Int[Tensor, " A"]:
-        """Add a node for each feature and cell that it is active in; where that of each active one is."""
-        cells = self.inputs.cell[found.positions.cpu()]
-        pairs, which = torch.stack([cells, found.features.cpu()], 1).unique(dim=0, return_inverse=True)
-        activations = torch.zeros(len(pairs)).index_add_(0, which, found.activations.float().cpu())
+    def _place_features(self, n: int) -> Int[Tensor, " n"]:
+        """Add a node for each of the first n features and its cell; where that of each is."""
+        active = self.parts.active
+        layers, positions, features = (part[:n].cpu() for part in (active.layers, active.positions, active.features))
+        keys, which = torch.stack([layers, self.inputs.cell[positions], features], 1).unique(dim=0, return_inverse=True)
+        activations = torch.zeros(len(keys)).index_add_(0, which, active.activations[:n].float().cpu())
         nodes = []
-        for (cell, feature), activation in zip(pairs.tolist(), activations.tolist(), strict=True):
+        for (layer, cell, feature), activation in zip(keys.tolist(), activations.tolist(), strict=True):
             at = {"position": self.inputs.nodes[cell].position, "pooled": self.inputs.nodes[cell].pooled}
-            nodes.append(Node(kind="feature", layer=found.layer, feature=feature, activation=activation, **at))
+            nodes.append(Node(kind="feature", layer=layer, feature=feature, activation=activation, **at))
         return self._place(nodes)[which]
 
     def add_targets(self) -> None:
-        """Add the rows of the targets."""
-        for target, place in zip(self.targets, self.at_targets.split(1), strict=True):
-            layer, position, vector = target.layer, target.position, target.vector[None]
-            if layer is None:
-                sources, output = self.local.into_logits(position, vector), self.local.logits
-            else:
-                sources = self.local.into_reads(layer, torch.tensor([position]), vector)
-                output = self.local.reads[layer]
-                sources.biases[:, layer] += target.bias
-            value = vector.to(output) @ output[0, position].detach() + target.bias
-            self._add(rows_of(self.local, self.parts, sources), place, value)
+        """Add the rows of the targets, those of one place together."""
+        at = [(target.layer, target.position) for target in self.targets]
+        for layer, position in dict.fromkeys(at):
+            mine = [k for k, place in enumerate(at) if place == (layer, position)]
+            self._add_targets(layer, position, mine)
+
+    def _add_targets(self, layer: int | None, position: int, mine: list[int]) -> None:
+        n, vectors = len(mine), torch.stack([self.targets[k].vector for k in mine])
+        if layer is None:
+            sources, output = self.local.into_logits(position, vectors), self.local.logits
+        else:
+            sources = self.local.into_reads(torch.full((n,), layer), torch.full((n,), position), vectors)
+            output = self.local.reads[layer]
+        rows, bias = rows_of(self.local, self.parts, sources), torch.tensor([self.targets[k].bias for k in mine])
+        rows.biases[:, self.local.n_layers if layer is None else layer] += bias.to(rows.biases)
+        value = vectors.to(output) @ output[0, position] + bias.to(output)
+        self._add(rows, self.at_targets[mine], value)
 
     def add_features(self, budget: Budget) -> None:
         """Add the rows of features, the most influential first where not all get one."""
-        started, done, left = time.monotonic(), 0, torch.cat([torch.arange(0), *self.at_features]).unique()
+        started, done, left = time.monotonic(), 0, self.at_features.unique()
         wanted, positions = min(budget.features or len(left), len(left)), self.position[left].unique()
         n_open = min(budget.positions or len(positions), len(positions))
         limited = wanted < len(left) or n_open < len(positions) or budget.seconds is not None
@@ -228,38 +234,42 @@ class _Growing:
         closed = at[~torch.isin(at, opened)].unique()
         return torch.cat([opened, _largest(closed, total[closed], n)])
 
+    def _all_edges(self) -> tuple[Int[Tensor, " E"], Int[Tensor, " E"], Float[Tensor, " E"]]:
+        """Targets, sources and weights of all edges so far."""
+        target, source, weight = (torch.cat(part) for part in zip(*self.edges, strict=True))
+        return target.long(), source.long(), weight
+
     def _influence(self) -> Float[Tensor, " N"]:
         """Of all nodes, by the rows that are known so far."""
-        target, source, weight = (torch.cat(part) for part in zip(*self.edges, strict=True))
+        target, source, weight = self._all_edges()
         rank = torch.tensor([node.rank(self.local.n_layers) for node in self.nodes])
         edges = Edges(rank.numpy(), target.numpy(), source.numpy(), weight.double().numpy())
         return torch.from_numpy(influence(edges, self.target_weight.double().numpy()).node)
 
     def _add_rows_of(self, chosen: Int[Tensor, " C"]) -> None:
-        for i, (places, found) in enumerate(zip(self.at_features, self.parts.active, strict=True)):
-            mine = torch.isin(places, chosen).nonzero().squeeze(1)
-            batch = max(1, BATCH_BYTES // row_bytes(self.local, self.n_heads, found.layer))
-            row = places[mine].unique(return_inverse=True)[1]
-            for some, rows in feature_rows(self.local, self.parts, i, mine, batch, row):
-                nodes, row = places[some].unique(return_inverse=True)
-                parts = (found.preactivations[some] + found.bias[some]).cpu()
-                self._add(rows, nodes, parts.new_zeros(len(nodes)).index_add_(0, row, parts))
+        active, mine = self.parts.active, torch.isin(self.at_features, chosen).nonzero().squeeze(1)
+        nodes, row = self.at_features[mine].unique(return_inverse=True)
+        parts = (active.preactivations[mine] + active.bias[mine]).cpu()
+        whole = parts.new_zeros(len(nodes)).index_add_(0, row, parts)
+        for some, rows in feature_rows(self.local, self.parts, mine, BATCH_BYTES, row):
+            self._add(rows, nodes[some], whole[some])
 
     def _add(self, rows: Rows, places: Tensor, preactivations: Tensor) -> None:
         """Add the rows of the nodes at `places`: what comes from one node summed up, exact zeros left out."""
-        M = rows.errors.shape[1]
         columns = [self.at_stream, *(self.at_between[layer] for layer in rows.between), self.at_biases]
-        columns += [*self.at_features[: len(rows.features)], self.at_errors[:M].flatten()]
-        values = [rows.stream, *rows.between.values(), rows.biases, *rows.features, rows.errors.flatten(1)]
+        columns += [self.at_features, self.at_errors.flatten()]
+        features = rows.features[:, : len(self.at_features)]
+        values = [rows.stream, *rows.between.values(), rows.biases, features, rows.errors.flatten(1)]
         whole = torch.cat(values, 1).cpu()
         by_node = whole.new_zeros(len(whole), len(self.nodes)).index_add_(1, torch.cat(columns), whole)
         row, column = by_node.nonzero(as_tuple=True)
-        self.edges.append((places[row], column, by_node[row, column]))
-        self.preactivation[places] = preactivations.detach().float().cpu()
+        self.edges.append((places[row].int(), column.int(), by_node[row, column]))
+        self.preactivation[places] = preactivations.float().cpu()
 
     def graph(self, prompt: str, batch: Batch, tokenizer: Any, model: str, run: str) -> AttributionGraph:
-        """What has grown."""
-        target, source, weight = (torch.cat(part) for part in zip(*self.edges, strict=True))
+        """What has grown, which then lives on in the graph alone."""
+        target, source, weight = self._all_edges()
+        self.edges.clear()
         return AttributionGraph(
             prompt=prompt,
             tokens=tuple(tokenizer.decode([id]) for id in batch.tokens[0].tolist()),
@@ -278,7 +288,7 @@ class _Growing:
 
     def _left_out(self) -> str:
         """What got no row, in words; nothing when all did."""
-        features = torch.cat([torch.arange(0), *self.at_features]).unique()
+        features = self.at_features.unique()
         have = self.preactivation[features].isfinite()
         if have.all():
             return ""

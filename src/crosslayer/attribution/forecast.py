@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from crosslayer.attribution.rows import active_pairs
+from crosslayer.attribution.parts import active_pairs
+from crosslayer.attribution.rows import row_bytes
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.errors import UserError
 from crosslayer.files import size_text
@@ -38,7 +39,6 @@ def forecast(
     coder: CrossLayerTranscoder,
     first: Bool[Tensor, " P"],
     cell: Int[Tensor, " P"],
-    n_heads: int,
     batch_bytes: int,
     max_features: int | None = None,
     max_positions: int | None = None,
@@ -50,28 +50,21 @@ def forecast(
         coder: the transcoder.
         first: the positions that begin a prompt.
         cell: which cell each position is in.
-        n_heads: of attention in a layer.
         batch_bytes: what a batch of rows may take.
         max_features: at most so many rows.
         max_positions: rows at so many cells at most.
     """
     counts = torch.zeros(len(coder.sources), int(cell.max()) + 1, dtype=torch.float64)
     D, size = local.stream.shape[2], local.stream.element_size()
-    parts = 2 * local.n_layers * local.stream.nbytes
+    parts = 4 * local.n_layers * local.stream.nbytes
     for i, source in enumerate(coder.sources):
         positions, features, _ = active_pairs(local, coder, i, first)
         parts += len(features) * (len(coder.wiring.targets(source)) + 1) * D * size
         nodes = torch.stack([cell[positions.cpu()], features.cpu()], 1).unique(dim=0)
         counts[i] = torch.bincount(nodes[:, 0], minlength=counts.shape[1])
-    gradients = 3 * max(batch_bytes, row_bytes(local, n_heads, local.n_layers))
+    gradients = 3 * max(batch_bytes, row_bytes(local, local.stream.shape[1]))
     n_edges = _most_edges(counts, _row_lengths(counts, coder), max_features, max_positions)
     return Forecast(parts=parts, gradients=gradients, edges=int(n_edges * EDGE_BYTES))
-
-
-def row_bytes(local: LocalReplacement, n_heads: int, layer: int) -> int:
-    """What a row into a layer takes on its way back: gradients of the stream, and one layer's attention patterns."""
-    P, size = local.stream.shape[1], local.stream.element_size()
-    return 4 * max(1, layer) * local.stream.nbytes + 2 * n_heads * P * P * size
 
 
 def _row_lengths(counts: Float[Tensor, "S C"], coder: CrossLayerTranscoder) -> Float[Tensor, "S C"]:

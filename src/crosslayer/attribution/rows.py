@@ -4,120 +4,29 @@ An edge is what its source adds to the stream, times the frozen Jacobian down to
 own direction: a_s W_dec[s -> l] . J(l -> t) . W_enc[t], summed over the layers l that the source writes to and that
 lie before the target. Source: "Circuit Tracing" (Anthropic 2025), section "Constructing an attribution graph".
 
-Axes: P positions, R rows, L layers, D d_model, A active pairs of position and feature of one source, T targets of it.
+Axes: P positions, Q positions that a batch of rows can see, R rows, L layers, D d_model, A active features.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from crosslayer.coders.transcoder import CrossLayerTranscoder
-from crosslayer.errors import UserError
-from crosslayer.replacement.local import LocalReplacement, Sources
+from crosslayer.attribution.parts import Parts, Written
+from crosslayer.replacement.carrying import Sources
+from crosslayer.replacement.local import LocalReplacement
 
+IN_VAIN = 512
+"""Positions that a batch's rows may carry together without seeing them, before another batch is cheaper.
 
-@dataclass(frozen=True)
-class Active:
-    """The active features of one source layer on one prompt, sorted by position."""
-
-    layer: int
-    positions: Int[Tensor, " A"]
-    features: Int[Tensor, " A"]
-    activations: Float[Tensor, " A"]
-    preactivations: Float[Tensor, " A"]
-    """Without the encoder's bias: what the stream alone gives."""
-    bias: Float[Tensor, " A"]
-    """The encoder's bias."""
-    directions: Float[Tensor, "A D"]
-    """Encoder rows."""
-    writes: Float[Tensor, "A T D"]
-    """What each adds to the stream, at each of its targets."""
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the stream of one prompt is a sum of, beside what enters it: features, biases of decoders, and errors."""
-
-    active: tuple[Active, ...]
-    first_target: tuple[int, ...]
-    """Of each source: the first layer that it writes to."""
-    constants: Float[Tensor, "L P D"]
-    """Decoder biases; at a prompt's first position, which has no features, the mean write."""
-    errors: Float[Tensor, "L P D"]
-    """What is left of each MLP's write."""
-
-    @property
-    def n_features(self) -> int:
-        """Active features, over all layers and positions."""
-        return sum(map(len, self.active))
-
-    def below(self, layer: int) -> "Parts":
-        """Without the features that no read of this layer can see."""
-        n = sum(start < layer for start in self.first_target)
-        return replace(self, active=self.active[:n], first_target=self.first_target[:n])
-
-
-@torch.no_grad()
-def split(local: LocalReplacement, coder: CrossLayerTranscoder, first: Bool[Tensor, " P"]) -> Parts:
-    """Split every MLP's write into what features write, constants and an error.
-
-    Args:
-        local: the prompt.
-        coder: the transcoder.
-        first: the positions that begin a prompt.
-
-    Raises:
-        UserError: for a transcoder whose targets choose among features.
-    """
-    if getattr(coder.decoder.settings, "topk_coalesced", None) is not None:
-        raise UserError(
-            "with topk_coalesced targets choose among features, so a feature has no write of its own to trace"
-        )
-    active = tuple(_active(local, coder, i, first) for i in range(len(coder.sources)))
-    constants = torch.where(first[:, None], coder.first_write[:, None], coder.b_dec[:, None])
-    constants[list(coder.kept_layers)] = 0.0
-    constants = constants.to(local.stream)
-    errors = torch.stack([write[0].to(local.stream) for write in local.writes]) - constants
-    starts = tuple(coder.wiring.targets(s).start for s in coder.sources)
-    for start, found in zip(starts, active, strict=True):
-        for place in range(found.writes.shape[1]):
-            errors[start + place].index_add_(0, found.positions, found.writes[:, place], alpha=-1)
-    return Parts(active, starts, constants, errors)
-
-
-def active_pairs(
-    local: LocalReplacement, coder: CrossLayerTranscoder, i: int, first: Bool[Tensor, " P"]
-) -> tuple[Int[Tensor, " A"], Int[Tensor, " A"], Float[Tensor, " A"]]:
-    """Positions, features and activations of what is active of one source, sorted by position; none at `first`."""
-    read = local.reads[coder.sources[i]][0].detach().to(coder.b_dec)
-    positions, features, activations = coder.sparsity_at(1.0).encode_layer(coder, i, read)[1].pairs()
-    keep = ~first[positions]
-    return positions[keep], features[keep], activations[keep]
-
-
-def _active(local: LocalReplacement, coder: CrossLayerTranscoder, i: int, first: Tensor) -> Active:
-    layer, like = coder.sources[i], local.stream
-    positions, features, activations = active_pairs(local, coder, i, first)
-    writes = activations[:, None, None] * coder.decoder.vectors(i, features)
-    constants = coder.decoder.constants(i, features)
-    directions = coder.W_enc[i][features].to(like)
-    return Active(
-        layer,
-        positions,
-        features,
-        activations.to(like),
-        (directions * local.reads[layer][0].detach()[positions]).sum(1),
-        coder.b_enc[i][features].to(like),
-        directions,
-        (writes if constants is None else writes + constants).to(like),
-    )
+A batch costs about 2 ms a layer on one thread of a CPU beside its products, as many as 300 to 600 positions of a row
+of a small model take.
+"""
+COPIES = 10
+"""Times that a layer's pass back holds a gradient at once."""
 
 
 @dataclass(frozen=True)
@@ -127,73 +36,108 @@ class Rows:
     stream: Float[Tensor, "R P"]
     between: dict[int, Float[Tensor, "R P"]]
     biases: Float[Tensor, "R L_plus_1"]
-    features: tuple[Float[Tensor, "R _"], ...]
-    """By source, as in `Parts.active`; of those that can reach the targets."""
-    errors: Float[Tensor, "R M P"]
+    features: Float[Tensor, "R A"]
+    """As in `Parts.active`; 0 for those that cannot reach the target."""
+    errors: Float[Tensor, "R L P"]
 
     def total(self) -> Float[Tensor, " R"]:
         """The sum of each row."""
-        parts = [self.stream, *self.between.values(), self.biases, *self.features, self.errors.flatten(1)]
+        parts = [self.stream, *self.between.values(), self.biases, self.features, self.errors.flatten(1)]
         return torch.stack([part.sum(1) for part in parts]).sum(0)
 
 
 @torch.no_grad()
 def rows_of(local: LocalReplacement, parts: Parts, sources: Sources) -> Rows:
     """The contributions to targets whose `sources` are known."""
-    back = sources.writes
-    M = back.shape[2]
-    others = torch.stack([parts.constants[:M], parts.errors[:M]], 3)
-    constants, errors = torch.einsum("prmd,mpdk->kprm", back, others)
-    biases = sources.biases.clone()
-    biases[:, :M] += constants.sum(0)
-    return Rows(
-        torch.einsum("rpd,pd->rp", sources.stream, local.stream[0]),
-        {at: torch.einsum("rpd,pd->rp", grad, local.between[at][0]) for at, grad in sources.between.items()},
-        biases,
-        tuple(
-            _from_features(back, found, start)
-            for found, start in zip(parts.active, parts.first_target, strict=True)
-            if start < M
-        ),
-        errors.permute(1, 2, 0),
+    R, (L, P), like = sources.n_rows, parts.errors.shape[:2], local.stream
+    rows = Rows(
+        like.new_zeros(R, P),
+        {layer: like.new_zeros(R, P) for layer in local.between},
+        like.new_zeros(R, L + 1),
+        like.new_zeros(R, parts.n_features),
+        like.new_zeros(R, L, P),
     )
+    for step in sources.steps:
+        for layer, found in step.biases.items():
+            rows.biases[: len(found), layer] += found
+        if len(step.write):
+            _add_written(step.write, parts.written[step.layer], rows, step.layer)
+        if step.layer in local.between:
+            _add_entering(step.entry, local.between[step.layer][0], rows.between[step.layer])
+        if step.layer == 0:
+            _add_entering(step.entry, local.stream[0], rows.stream)
+    rows.features[:, parts.by_position] = rows.features.clone()
+    return rows
 
 
-def _from_features(back: Float[Tensor, "P R M D"], found: Active, start: int) -> Float[Tensor, "R A"]:
-    """One product a position: no gradient is copied for each feature."""
-    n = min(found.writes.shape[1], back.shape[2] - start)
-    out = back.new_zeros(back.shape[1], len(found))
-    counts = torch.bincount(found.positions, minlength=len(back)).tolist()
-    for p, (end, count) in enumerate(zip(accumulate(counts), counts, strict=True)):
-        if count:
-            mine = slice(end - count, end)
-            out[:, mine] = back[p, :, start : start + n].flatten(1) @ found.writes[mine, :n].flatten(1).T
-    return out
+def _add_written(grad: Float[Tensor, "N Q D"], written: Written, rows: Rows, layer: int) -> None:
+    """One product a position, features in the order of their positions: no gradient is copied for each of them."""
+    n, end = len(grad), 0
+    for p, back in enumerate(grad.unbind(1)):
+        count, start = written.counts[p], written.starts[p]
+        end += count + 2
+        found = back @ written.terms[end - count - 2 : end].T
+        rows.features[:n, start : start + count] += found[:, :count]
+        rows.errors[:n, layer, p] += found[:, count]
+        rows.biases[:n, layer] += found[:, count + 1]
+
+
+def _add_entering(grad: Float[Tensor, "N Q D"], what: Float[Tensor, "P D"], into: Float[Tensor, "R P"]) -> None:
+    n, Q = grad.shape[:2]
+    into[:n, :Q] += torch.einsum("npd,pd->np", grad, what[:Q])
 
 
 def feature_rows(
     local: LocalReplacement,
     parts: Parts,
-    i: int,
     chosen: Int[Tensor, " C"],
-    batch: int,
+    most_bytes: int,
     row: Int[Tensor, " C"] | None = None,
-) -> Iterator[tuple[Tensor, Rows]]:
-    """The rows of some active features of one source, in batches, each with the features that it is of.
+) -> Iterator[tuple[Int[Tensor, " R"], Rows]]:
+    """The rows of some active features in batches, each with the numbers of its rows.
 
     Args:
         local: the prompt.
-        parts: what it is a sum of.
-        i: which source.
-        chosen: which of its active features.
-        batch: rows at once.
-        row: which row each is part of, from 0 on; a row is the sum of its features' own. By default each has its own.
+        parts: what its stream is a sum of.
+        chosen: numbers of features in `Parts.active`.
+        most_bytes: what the gradients of one batch may take.
+        row: which row each is part of, from 0 on; a row is the sum of its features' own, which are all of one layer. By
+            default each has its own.
     """
-    found = parts.active[i]
+    active = parts.active
     row = torch.arange(len(chosen)) if row is None else row
-    for start in range(0, int(row.max()) + 1 if len(row) else 0, batch):
-        inside = (row >= start) & (row < start + batch)
-        some, place = chosen[inside], row[inside] - start
-        sources = local.into_reads(found.layer, found.positions[some], found.directions[some], place)
-        sources.biases[:, found.layer].index_add_(0, place.to(found.bias.device), found.bias[some])
-        yield some, rows_of(local, parts, sources)
+    n_rows = int(row.max()) + 1 if len(row) else 0
+    layers = torch.zeros(n_rows, dtype=torch.int64).index_put_((row,), active.layers[chosen].cpu())
+    last = torch.zeros_like(layers).scatter_reduce_(0, row, active.positions[chosen].cpu(), "amax")
+    for batch in _batches(last.tolist(), partial(row_bytes, local), most_bytes):
+        some = torch.tensor(batch)
+        some = some[layers[some].argsort(descending=True, stable=True)]
+        place = torch.full_like(layers, -1).index_put_((some,), torch.arange(len(some)))[row]
+        entries = (place >= 0).nonzero().squeeze(1)
+        entries = entries[place[entries].argsort(stable=True)]
+        mine, place = chosen[entries], place[entries].to(active.bias.device)
+        sources = local.into_reads(layers[some], active.positions[mine], active.directions[mine], place)
+        rows = rows_of(local, parts, sources)
+        rows.biases.index_put_((place, active.layers[mine]), active.bias[mine], accumulate=True)
+        yield some, rows
+
+
+def row_bytes(local: LocalReplacement, n_positions: int) -> int:
+    """What a row takes in a layer's pass back: gradients of the stream on the first positions, and of its patterns."""
+    return n_positions * (local.stream[0, 0].nbytes * COPIES + 2 * local.n_heads * n_positions * local.stream.itemsize)
+
+
+def _batches(last: list[int], bytes_of: Callable[[int], int], most_bytes: int) -> Iterator[list[int]]:
+    """Rows of like last positions together, the last first: a batch carries all that its last row can see."""
+    batch, end, in_vain = list[int](), 0, 0
+    for row in sorted(range(len(last)), key=lambda row: -last[row]):
+        in_vain += end - last[row]
+        full = (len(batch) + 1) * bytes_of(end + 1) > most_bytes
+        if batch and (full or in_vain > IN_VAIN):
+            yield batch
+            batch = []
+        if not batch:
+            end, in_vain = last[row], 0
+        batch.append(row)
+    if batch:
+        yield batch

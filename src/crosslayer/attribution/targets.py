@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crosslayer.attribution.node import Node
-from crosslayer.attribution.rows import Active, Parts
+from crosslayer.attribution.parts import Parts
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.errors import UserError
 from crosslayer.replacement.local import LocalReplacement
@@ -143,22 +143,21 @@ def feature_target(text: str, parts: Parts, coder: CrossLayerTranscoder, n_posit
     if feature >= coder.d_transcoder:
         raise UserError(f"target {text!r}: a layer has features 0 to {coder.d_transcoder - 1}; choose one of them")
     position = from_start(position, n_positions, f"target {text!r}")
-    found = next(active for active in parts.active if active.layer == layer)
-    where = ((found.features == feature) & (found.positions == position)).nonzero().flatten().tolist()
+    active, mine = parts.active, (parts.active.layers == layer) & (parts.active.features == feature)
+    where = (mine & (active.positions == position)).nonzero().flatten().tolist()
     if not where:
-        raise UserError(f"target {text!r}: it is not active there, but {_active_at(found, feature)}")
+        raise UserError(f"target {text!r}: it is not active there, but {_active_at(active.positions[mine].tolist())}")
     return Target(
         label=f"feature {layer}/{feature}",
-        vector=found.directions[where[0]],
+        vector=active.directions[where[0]],
         position=position,
         layer=layer,
         feature=feature,
-        bias=found.bias[where[0]].item(),
+        bias=active.bias[where[0]].item(),
     )
 
 
-def _active_at(found: Active, feature: int) -> str:
-    positions = found.positions[found.features == feature].tolist()
+def _active_at(positions: list[int]) -> str:
     if not positions:
         return "nowhere on this prompt; choose another feature"
     more = f" and {len(positions) - 8} more" if len(positions) > 8 else ""

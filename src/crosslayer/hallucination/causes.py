@@ -19,7 +19,8 @@ from scipy.sparse import coo_array, csr_array, vstack
 from torch import Tensor
 from tqdm import tqdm
 
-from crosslayer.attribution.rows import rows_of, split
+from crosslayer.attribution.parts import split
+from crosslayer.attribution.rows import rows_of
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.hallucination.decisions import Decided, Decision, as_batch
 from crosslayer.models.load import LoadedModel
@@ -66,12 +67,10 @@ def _row(model: LoadedModel, coder: CrossLayerTranscoder, decided: Decided) -> t
     parts = split(local, coder, decided.batch.position[0] == 0)
     place = int(decided.position[0])
     found = rows_of(local, parts, local.into_logits(place, _direction(decided, local.logits)[:, place]))
-    values, columns, seen = [], [], []
-    for i, (row, active) in enumerate(zip(found.features, parts.active, strict=False)):  # of sources that can reach it
-        values.append(row[0])
-        columns.append(active.features + i * coder.d_transcoder)
-        seen.append(decided.batch.image[0, active.positions])
-    value, column, of_image = (torch.cat(part).cpu().numpy() for part in (values, columns, seen))
+    active = parts.active
+    source = torch.searchsorted(torch.tensor(coder.sources, device=active.layers.device), active.layers)
+    columns, seen = active.features + source * coder.d_transcoder, decided.batch.image[0, active.positions]
+    value, column, of_image = (part.cpu().numpy() for part in (found.features[0], columns, seen))
     width = len(coder.sources) * coder.d_transcoder
     text, image = (_summed(value[part], column[part], width) for part in (~of_image, of_image))
     return text, image, decided.margin(local.logits.detach()).item()

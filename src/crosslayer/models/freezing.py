@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
 
 
 class Frozen(TorchFunctionMode):
@@ -114,7 +113,7 @@ CAPS = {functional.tanh, torch.tanh, Tensor.tanh}
 
 
 @contextmanager
-def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+def eager_attention(model: nn.Module) -> Iterator[None]:
     """Inside, attention patterns are computed by a softmax in the open, not within a fused kernel."""
     configs: dict[int, Any] = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
     before = {key: getattr(config, "_attn_implementation", None) for key, config in configs.items()}

@@ -60,6 +60,19 @@ def entering(modules: Sequence[nn.Module], on_input: OnRead) -> Iterator[None]:
 
 
 @contextmanager
+def calling(modules: Sequence[nn.Module], on_call: Callable[[int, tuple, dict[str, Any]], None]) -> Iterator[None]:
+    """Call `on_call` with each module's number and all its arguments, before it runs."""
+    with ExitStack() as stack:
+        for index, module in enumerate(modules):
+
+            def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], index: int = index) -> None:
+                on_call(index, args, kwargs)
+
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
 def changing(modules: Sequence[nn.Module], change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
     """Let each module get `change(its number, tensor)` in the place of its first tensor."""
     with ExitStack() as stack:

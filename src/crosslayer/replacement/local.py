@@ -4,10 +4,10 @@ Attention patterns and norm denominators are held at the prompt's values, and ev
 what the transcoder reconstructs plus an error. The model's own activations and logits come out, only now each is a sum
 over what was written. Source: "Circuit Tracing" (Anthropic 2025), section "The local replacement model".
 
-Axes: P positions, R rows (targets whose sources are asked for), L layers, D d_model, V vocabulary.
+Axes: P positions, R rows (targets whose sources are asked for), D d_model, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch.func import functional_call
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.errors import UserError
 from crosslayer.models.freezing import Frozen, eager_attention
-from crosslayer.models.hooks import changing, entering, reading, recording, replacing, watching
+from crosslayer.models.hooks import calling, changing, entering, reading, recording, replacing, watching
 from crosslayer.models.load import LoadedModel
 from crosslayer.models.prompts import Batch
+from crosslayer.replacement.carrying import Call, Layers, Sources, Step, gap, pull, skipped
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 """Largest relative gap allowed between the local replacement model and the model itself, by the model's dtype.
@@ -31,25 +32,10 @@ Models in float64 compute some norms and patterns in float32 all the same.
 
 
 @dataclass(frozen=True)
-class Sources:
-    """What flows into R targets, per unit of each thing that the stream is a sum of."""
-
-    stream: Float[Tensor, "R P D"]
-    """Per unit of the stream that enters the first layer."""
-    writes: Float[Tensor, "P R M D"]
-    """Per unit of the writes of layers 0 to M - 1; later ones cannot reach these targets."""
-    between: dict[int, Float[Tensor, "R P D"]]
-    """Per unit of what is added to the stream as it enters a later layer."""
-    biases: Float[Tensor, "R L_plus_1"]
-    """From the model's own biases, by layer; the last are those after all layers."""
-
-
-@dataclass(frozen=True)
 class LocalReplacement:
     """One prompt, traced; `trace` makes it."""
 
     logits: Float[Tensor, "1 P V"]
-    """With the graph that `Sources` are found by; so are the reads."""
     reads: tuple[Float[Tensor, "1 P D"], ...]
     """What each layer's encoder reads, after a norm of the transcoder's own."""
     stream: Float[Tensor, "1 P D"]
@@ -58,58 +44,57 @@ class LocalReplacement:
     """What each MLP writes, but for skip connections, which are part of the paths."""
     between: dict[int, Float[Tensor, "1 P D"]]
     """What is added to the stream as it enters a later layer (DeepStack)."""
-    biases: tuple[tuple[int, Tensor], ...]
-    """The model's own biases and their layers, L for those after all layers."""
     gap: float
     """|activations and logits - the model's own|, relative, at worst."""
     replay: Callable[[Tensor | float, Mapping[int, Tensor]], tuple[tuple[Tensor, ...], Tensor]]
     """Reads and logits after adding something to the stream that enters, and to writes by layer, all else frozen."""
+
+    layers: Layers
+    """What rows are carried down through."""
+    head: "_FrozenPass"
+    """With a graph from what enters the last layer to the logits."""
 
     @property
     def n_layers(self) -> int:
         """Decoder layers L."""
         return len(self.reads)
 
+    @property
+    def n_heads(self) -> int:
+        """Of attention in a layer."""
+        return getattr(self.layers.model.model.config.get_text_config(), "num_attention_heads", 1)
+
     def into_reads(
         self,
-        layer: int,
-        position: Int[Tensor, " A"],
-        vectors: Float[Tensor, "A D"],
-        row: Int[Tensor, " A"] | None = None,
+        layer: Int[Tensor, " R"],
+        position: Int[Tensor, " E"],
+        vectors: Float[Tensor, "E D"],
+        row: Int[Tensor, " E"] | None = None,
     ) -> Sources:
-        """What flows into `vectors[a] . read` of a layer at `position[a]`, summed over all `a` of one row.
+        """What flows into the sum of `vectors[e] . read` at `position[e]` over all e of a row, at the row's layer.
 
-        By default each is a row of its own.
+        Rows of later layers must come first, and entries in the order of their rows; by default each is a row.
         """
-        read = self.reads[layer]
-        row = torch.arange(len(vectors)) if row is None else row
-        ahead = read.new_zeros(int(row.max()) + 1, *read.shape)
-        ahead.index_put_((row, torch.zeros_like(row), position), vectors.to(read), accumulate=True)
-        return self._pull(read, ahead, layer)
+        row = torch.arange(len(vectors), device=position.device) if row is None else row
+        return Sources(len(layer), self.layers.into_reads(layer, position, vectors, row))
 
     def into_logits(self, position: int, vectors: Float[Tensor, "R V"]) -> Sources:
         """What flows into `vectors[r] . logits` at a position."""
-        return self._pull(self.logits[:, position], vectors[:, None].to(self.logits), self.n_layers)
+        return Sources(len(vectors), self._from_logits(position, vectors))
 
-    def _pull(self, output: Tensor, ahead: Tensor, layer: int) -> Sources:
-        """The frozen Jacobian, transposed, times directions: one pass back for all rows."""
-        between = {at: tensor for at, tensor in self.between.items() if at <= layer}
-        groups = [[self.stream], self.writes[:layer], between.values(), [bias for _, bias in self.biases]]
-        leaves = [leaf for group in groups for leaf in group]
-        settings: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "is_grads_batched": True}
-        found = torch.autograd.grad(output, leaves, ahead, **settings)
-        grads = iter(
-            leaf.new_zeros(len(ahead), *leaf.shape) if grad is None else grad
-            for grad, leaf in zip(found, leaves, strict=True)
-        )
-        stream = next(grads)[:, 0]
-        writes = [next(grads)[:, 0].transpose(0, 1).to(stream) for _ in range(layer)]
-        added = {at: next(grads)[:, 0].to(stream) for at in between}
-        biases = stream.new_zeros(len(ahead), self.n_layers + 1)
-        for (at, bias), grad in zip(self.biases, grads, strict=True):
-            biases[:, at] += (grad * bias).flatten(1).sum(1).to(biases)
-        empty = stream.new_zeros(stream.shape[1], len(stream), 0, stream.shape[2])
-        return Sources(stream, torch.stack(writes, 2) if writes else empty, added, biases)
+    @torch.no_grad()
+    def _from_logits(self, position: int, vectors: Tensor) -> Iterator[Step]:
+        last, head = self.n_layers - 1, self.head
+        leaves = [head.entries[last], head.writes[last], *head.biases.values()]
+        with torch.enable_grad():
+            logits = head.logits[:, position]
+        entry, write, *grads = pull({logits: vectors[:, None].to(logits)}, leaves)
+        biases = {at: entry.new_zeros(len(vectors)) for at in (last, last + 1)}
+        for (name, bias), grad in zip(head.biases.items(), grads, strict=True):
+            biases[head.bias_layers[name]] += (grad * bias).flatten(1).sum(1)
+        step = Step(last, write[:, 0].to(entry), entry[:, 0], biases)
+        yield step
+        yield from self.layers.onward(step)
 
 
 def trace(model: LoadedModel, coder: CrossLayerTranscoder, batch: Batch) -> LocalReplacement:
@@ -129,19 +114,19 @@ def trace(model: LoadedModel, coder: CrossLayerTranscoder, batch: Batch) -> Loca
             again = _FrozenPass(model, coder, plain, stream, writes).run(batch, frozen)
         return tuple(again.reads[layer] for layer in range(model.n_layers)), again.logits
 
-    gaps = [_gap(read, plain.reads[layer]) for layer, read in run.streams.items()]
-    gap = max(*gaps, _gap(run.logits, plain.logits))
-    _check(model, gap, _crookedness(replay, run))
-    n, between = model.n_layers, dict(run.between)
+    n = model.n_layers
+    wrong = max(*(gap(run.streams[layer], plain.reads[layer]) for layer in range(n)), gap(run.logits, plain.logits))
+    _check(model, wrong, _crookedness(replay, run))
     return LocalReplacement(
-        run.logits,
+        run.logits.detach(),
         tuple(run.reads[layer] for layer in range(n)),
         run.stream,
         tuple(run.writes[layer] for layer in range(n)),
-        between,
-        tuple((layer, run.biases[name]) for name, layer in _bias_layers(model).items()),
-        gap,
+        run.between,
+        wrong,
         replay,
+        Layers(model, coder, tuple(run.call(layer) for layer in range(n))),
+        run,
     )
 
 
@@ -178,7 +163,7 @@ def _copies(kept: dict[int, Tensor]) -> Callable[[int, Tensor], None]:
 
 
 class _FrozenPass:
-    """A forward pass with everything frozen, in which all that was written to the stream is a leaf of the graph."""
+    """A forward pass with everything frozen; what enters and is written by the last layer is a leaf of its graph."""
 
     def __init__(
         self,
@@ -189,51 +174,65 @@ class _FrozenPass:
         writes: Mapping[int, Tensor] | None = None,
     ):
         self.model, self.coder, self.plain, self.changes = model, coder, plain, writes or {}
-        self.stream = (plain.entries[0] + stream).requires_grad_()
+        self.last = model.n_layers - 1
+        self.stream = plain.entries[0] + stream
         added = {layer: plain.between(layer) for layer in range(1, model.n_layers)}
-        self.between = {layer: t.requires_grad_() for layer, t in added.items() if t is not None}
+        self.between = {layer: tensor for layer, tensor in added.items() if tensor is not None}
         parameters = dict(model.model.named_parameters())
-        self.biases = {name: parameters[name].detach().requires_grad_() for name in _bias_layers(model)}
-        self.streams, self.reads, self.writes = dict[int, Tensor](), dict[int, Tensor](), dict[int, Tensor]()
-        self.skipped, self.skipped_before = dict[int, Tensor](), dict[int, Tensor]()
+        self.bias_layers = {name: at for name, at in _bias_layers(model).items() if at >= self.last}
+        self.biases = {name: parameters[name].detach().requires_grad_() for name in self.bias_layers}
+        self.entries, self.calls = dict[int, Tensor](), dict[int, tuple[tuple, dict[str, Any]]]()
+        self.streams, self.reads, self.outputs = dict[int, Tensor](), dict[int, Tensor](), dict[int, Tensor]()
+        self.writes, self.whole_writes = dict[int, Tensor](), dict[int, Tensor]()
+        self.passed, self.passed_before = dict[int, Tensor](), dict[int, Tensor]()
         for layer, read in plain.reads.items():
-            _pass_on(coder, layer, read, self.skipped_before)
+            _add(skipped(coder, layer, read), self.passed_before)
         self.logits = torch.empty(0)
 
     def run(self, batch: Batch, frozen: Frozen) -> "_FrozenPass":
         """Run it; `frozen` records in its first pass and repeats afterwards."""
         sites, kwargs = self.model.sites, {**batch.inputs, "use_cache": False}
+        layers = [site.layer for site in sites.layers]
         with (
-            changing([site.layer for site in sites.layers], self._enter),
+            changing(layers, self._enter),
+            calling(layers, self._called),
             reading(sites, self._read),
             replacing(sites, self._write),
+            watching(layers, lambda layer, x: self.outputs.__setitem__(layer, x.detach().clone())),
             frozen.forward_pass(),
         ):
             self.logits = functional_call(self.model.model, self.biases, (), kwargs).logits
         return self
 
+    def call(self, layer: int) -> Call:
+        """How a layer was called, and what came of it."""
+        found = (self.reads[layer], self.whole_writes[layer], self.outputs[layer])
+        return Call(self.entries[layer].detach(), *self.calls[layer], *found)
+
     def _enter(self, layer: int, x: Tensor) -> Tensor:
-        if layer == 0:
-            return self.stream
-        return x + (self.between[layer] - self.between[layer].detach()) if layer in self.between else x
+        x = (self.stream if layer == 0 else x).detach().clone()  # a copy, as some models add to it in place
+        self.entries[layer] = x.requires_grad_(layer == self.last and torch.is_grad_enabled())
+        return self.entries[layer].clone()
+
+    def _called(self, layer: int, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.calls[layer] = args, kwargs
 
     def _read(self, layer: int, x: Tensor) -> None:
-        self.streams[layer] = x
-        self.reads[layer] = x if self.coder.input_norm is None else self.coder.input_norm(x)
-        _pass_on(self.coder, layer, x, self.skipped)
+        self.streams[layer] = x.detach()
+        self.reads[layer] = (x if self.coder.input_norm is None else self.coder.input_norm(x)).detach()
+        _add(skipped(self.coder, layer, x), self.passed)
 
     def _write(self, layer: int) -> Tensor:
-        own = self.plain.writes[layer] - self.skipped_before.get(layer, 0.0)
-        self.writes[layer] = (own + self.changes.get(layer, 0.0)).requires_grad_()
-        return self.writes[layer] + self.skipped.get(layer, 0.0)
+        own = self.plain.writes[layer] - self.passed_before.get(layer, 0.0) + self.changes.get(layer, 0.0)
+        self.writes[layer] = own.requires_grad_(layer == self.last and torch.is_grad_enabled())
+        whole = self.writes[layer] + self.passed.get(layer, 0.0)
+        self.whole_writes[layer] = whole.detach()
+        return whole
 
 
-def _pass_on(coder: CrossLayerTranscoder, layer: int, x: Tensor, into: dict[int, Tensor]) -> None:
-    """Add, by target, what a layer's skip connection passes on."""
-    if coder.skip is not None and layer in coder.skip.source_layers:
-        parts = coder.skipped(layer, x.to(coder.b_dec)).unflatten(-1, (-1, coder.d_model)).unbind(-2)
-        for target, part in zip(coder.skip.targets(layer), parts, strict=True):
-            into[target] = into.get(target, 0.0) + part.to(x)
+def _add(parts: Mapping[int, Tensor], into: dict[int, Tensor]) -> None:
+    for target, part in parts.items():
+        into[target] = into.get(target, 0.0) + part
 
 
 def _bias_layers(model: LoadedModel) -> dict[str, int]:
@@ -253,7 +252,7 @@ def _bias_layers(model: LoadedModel) -> dict[str, int]:
 def _crookedness(replay: Callable[..., Any], run: _FrozenPass) -> float:
     """|f(2v) - 2 f(v) + f(0)| / |f(v) - f(0)| of the frozen logits f, for a random change v of the stream."""
     v = torch.randn(run.stream.shape, generator=torch.Generator().manual_seed(0)).to(run.stream)
-    v *= run.stream.detach().square().mean().sqrt()
+    v *= run.stream.square().mean().sqrt()
     f = [replay(scale * v, {})[1] for scale in (0.0, 1.0, 2.0)]
     return ((f[2] - 2 * f[1] + f[0]).norm() / (f[1] - f[0]).norm().clamp_min(1e-30)).item()
 
@@ -270,7 +269,3 @@ def _check(model: LoadedModel, gap: float, crooked: float) -> None:
             f"{model.id}: with attention and norms frozen it is not linear in the stream: {crooked:.2g} relative "
             f"(at most {tolerance:g}); something else in it depends on the stream, so no graph is made"
         )
-
-
-def _gap(found: Tensor, wanted: Tensor) -> float:
-    return ((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()

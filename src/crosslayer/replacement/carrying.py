@@ -1,0 +1,232 @@
+"""Carrying what flows into many rows down through the frozen layers, one layer at a time.
+
+The graph of the frozen model is cut where the stream enters a layer: a row joins at its own layer and its gradient is
+carried from there to the first. A layer is run anew for each batch of rows, on the positions that these can see alone.
+
+Axes: P positions, Q positions from the first that a batch of rows can see, R rows, D d_model.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.functional import pad
+from torch.utils._pytree import tree_map
+
+from crosslayer.coders.products import QuickProducts
+from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.models.freezing import Frozen, eager_attention
+from crosslayer.models.hooks import changing, reading, replacing
+from crosslayer.models.load import LoadedModel
+
+PREFIX = {torch.float64: 1e-9, torch.float32: 1e-5}
+"""Largest relative gap between a layer on the first positions alone and the same within the whole prompt, by dtype.
+
+An image block that attends both ways and is cut in two misses it by orders of magnitude.
+"""
+SIZES = 3
+"""Sizes that a batch grows through as rows join: fewer shapes leave fewer holes in memory and less code to compile."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What flows into rows at one layer; R rows for what enters it, the first N of them for what it writes."""
+
+    layer: int
+    write: Float[Tensor, "N Q D"]
+    """Per unit of its MLP's write; of the rows of later layers, which come first."""
+    entry: Float[Tensor, "R Q D"]
+    """Per unit of what is added to the stream as it enters the layer."""
+    biases: dict[int, Float[Tensor, " R"]]
+    """From the model's own biases, by layer; L for those after all layers."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What flows into R rows: layers from the last to the first, to be gone through once."""
+
+    n_rows: int
+    steps: Iterator[Step]
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the whole prompt's forward pass called a layer, and what came of it."""
+
+    entry: Float[Tensor, "1 P D"]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    read: Float[Tensor, "1 P D"]
+    """After a norm of the transcoder's own."""
+    write: Float[Tensor, "1 P D"]
+    """Of the MLP, skip connections included."""
+    output: Float[Tensor, "1 P D"]
+
+
+@dataclass
+class _Run:
+    """One frozen layer's graph on the first positions."""
+
+    entry: Tensor
+    write: Tensor
+    biases: dict[str, Tensor]
+    passed: dict[int, Tensor] = field(default_factory=dict)
+    """What its skip connections pass on, by the layer they write to."""
+    read: Tensor = field(default_factory=lambda: torch.empty(0))
+    output: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The frozen layers of one prompt."""
+
+    model: LoadedModel
+    coder: CrossLayerTranscoder
+    calls: tuple[Call, ...]
+    uncut: set[int] = field(default_factory=set)
+    """Layers found to need the whole prompt."""
+
+    def into_reads(
+        self,
+        layer: Int[Tensor, " R"],
+        position: Int[Tensor, " E"],
+        vectors: Float[Tensor, "E D"],
+        row: Int[Tensor, " E"],
+    ) -> Iterator[Step]:
+        """What flows into the sum of `vectors[e] . read` at `position[e]` over all e of a row, at the row's layer.
+
+        Args:
+            layer: of each row; must not rise.
+            position: of each entry.
+            vectors: of each entry.
+            row: of each entry; must not fall.
+        """
+        first, *_ = self.calls
+        nothing = first.entry.new_zeros(0, int(position.max()) + 1, vectors.shape[1])
+        start = Step(int(layer[0]) + 1, nothing, nothing, {})
+        return self._down(start, layer.tolist(), position, vectors, row)
+
+    def onward(self, step: Step) -> Iterator[Step]:
+        """What comes after a first step."""
+        none = torch.zeros(0, dtype=torch.int64)
+        return self._down(step, [], none, step.entry.new_zeros(0, step.entry.shape[2]), none)
+
+    @torch.no_grad()
+    def _down(self, step: Step, layers: list[int], position: Tensor, vectors: Tensor, row: Tensor) -> Iterator[Step]:
+        passed, ahead, n = {step.layer: step.write}, step.entry, len(step.entry)
+        whole = max(n, len(layers))
+        for layer in range(step.layer - 1, -1, -1):
+            run, end = self._run(layer, ahead.shape[1]), n + layers.count(layer)
+            size = min(whole, -(-end * SIZES // whole) * whole // SIZES + 1)
+            ahead = pad(ahead, (0, 0, 0, run.entry.shape[1] - ahead.shape[1], 0, size - len(ahead)))
+            mine = (row >= n) & (row < end)
+            joining = torch.zeros_like(ahead) if end > n else ahead[:0]
+            joining.index_put_((row[mine], position[mine]), vectors[mine].to(ahead), accumulate=True)
+            step = _back(layer, run, n, ahead, joining, passed)
+            if self.coder.skip is not None:
+                passed[layer] = step.write
+            ahead, n = step.entry, end
+            yield Step(layer, step.write, ahead[:n], {at: found[:n] for at, found in step.biases.items()})
+
+    @torch.enable_grad()
+    def _run(self, layer: int, n_positions: int) -> _Run:
+        """A layer's graph on the first positions; on all where it cannot be cut there."""
+        call, whole = self.calls[layer], self.calls[layer].entry.shape[1]
+        if n_positions < whole and layer not in self.uncut:
+            try:
+                run = self._forward(layer, n_positions)
+            except RuntimeError:  # an axis of another meaning has as many places as the prompt positions
+                run = None
+            if run is not None and _reproduces(run, call):
+                return run
+            self.uncut.add(layer)
+        return self._forward(layer, whole)
+
+    def _forward(self, layer: int, n_positions: int) -> _Run:
+        call, site = self.calls[layer], self.model.sites.layers[layer]
+        entry, write = (_leaf(tensor[:, :n_positions]) for tensor in (call.entry, call.write))
+        names = [name for name, _ in site.layer.named_parameters() if name.rpartition(".")[2].endswith("bias")]
+        run = _Run(entry, write, {name: _leaf(site.layer.get_parameter(name)) for name in names})
+        args, kwargs = tree_map(lambda value: _cut(value, call.entry.shape[1], n_positions), (call.args, call.kwargs))
+        alone = replace(self.model.sites, layers=(site,))
+
+        def read(_: int, x: Tensor) -> None:
+            run.read = x if self.coder.input_norm is None else self.coder.input_norm(x)
+            run.passed |= skipped(self.coder, layer, x)
+
+        def written(_: int) -> Tensor:
+            own = run.passed.pop(layer, torch.zeros(()))
+            return write + (own - own.detach())
+
+        with (
+            eager_attention(site.layer),
+            changing([site.layer], lambda *_: entry.clone()),  # a copy, as some models add to it in place
+            reading(alone, read),
+            replacing(alone, written),
+            Frozen().forward_pass(),
+        ):
+            output = functional_call(site.layer, run.biases, args, dict(kwargs))
+        run.output = output if isinstance(output, Tensor) else output[0]
+        return run
+
+
+def skipped(coder: CrossLayerTranscoder, layer: int, x: Tensor) -> dict[int, Tensor]:
+    """What a layer's skip connections pass on, by the layer they write to."""
+    if coder.skip is None or layer not in coder.skip.source_layers:
+        return {}
+    parts = coder.skipped(layer, x.to(coder.b_dec)).unflatten(-1, (-1, coder.d_model)).unbind(-2)
+    return {target: part.to(x) for target, part in zip(coder.skip.targets(layer), parts, strict=True)}
+
+
+def pull(outputs: Mapping[Tensor, Float[Tensor, "R ..."]], leaves: list[Tensor]) -> list[Float[Tensor, "R ..."]]:
+    """The transposed Jacobian from leaves to outputs, times R directions."""
+    n = len(next(iter(outputs.values())))
+    settings: dict[str, Any] = {"allow_unused": True, "is_grads_batched": True, "retain_graph": True}
+    with QuickProducts():
+        found = torch.autograd.grad(list(outputs), leaves, list(outputs.values()), **settings)
+    return [leaf.new_zeros(n, *leaf.shape) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
+
+
+def _back(layer: int, run: _Run, n: int, ahead: Tensor, joining: Tensor, passed: Mapping[int, Tensor]) -> Step:
+    outputs: dict[Tensor, Tensor] = {}
+    if n:
+        outputs[run.output] = ahead[:, None].to(run.output)
+    if len(joining):
+        outputs[run.read] = joining[:, None].to(run.read)
+    for target, part in run.passed.items():
+        if target in passed:
+            grad = passed[target]
+            outputs[part] = pad(grad, (0, 0, 0, part.shape[1] - grad.shape[1], 0, len(ahead) - len(grad)))[:, None]
+    entry, write, *biases = pull(outputs, [run.entry, run.write, *run.biases.values()])
+    own = sum(
+        ((grad * bias).flatten(1).sum(1) for grad, bias in zip(biases, run.biases.values(), strict=True)),
+        ahead.new_zeros(len(ahead)),
+    )
+    return Step(layer, write[:n, 0].to(ahead), entry[:, 0].to(ahead), {layer: own})
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_()
+
+
+def _cut(value: Any, whole: int, n: int) -> Any:
+    """A tensor's first places along every axis that has as many as the prompt positions."""
+    if isinstance(value, Tensor):
+        for axis, size in enumerate(value.shape):
+            value = value.narrow(axis, 0, n) if size == whole else value
+    return value
+
+
+def _reproduces(run: _Run, call: Call) -> bool:
+    tolerance = PREFIX.get(call.entry.dtype, 2e-2)
+    pairs = ((run.read, call.read), (run.output, call.output))
+    return all(gap(found, wanted[:, : found.shape[1]]) <= tolerance for found, wanted in pairs)
+
+
+def gap(found: Tensor, wanted: Tensor) -> float:
+    """|found - wanted|, relative to the largest wanted, at worst."""
+    return ((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()
