@@ -36,7 +36,7 @@ def change(name, before, difference, half):
     figure = Figure(difference, difference - half, difference + half)
     return Change(
         name=name, difference=figure,
-        before=Figure(before, before, before), after=Figure(before + difference, 0, 1),
+        before=Figure(before, before, before), after=Figure(before + difference, 0.0, 1.0),
         relative=difference / before, n_images=100, gained=1, lost=20, p_value=0.001,
         images_needed=images_needed(difference, half / 1.96, 100),
     )  # fmt: skip
