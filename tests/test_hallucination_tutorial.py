@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 from PIL import Image
@@ -114,6 +115,7 @@ POPE = {"question_id": 1, "image": "a.png", "text": "Is there a dog in the image
     ("line", "said"),
     [
         ("report runs/clt --out few --scenes 3", ["fall to the split", "needed", "in all would do"]),
+        ("report --out alone --scenes 3", ["fall to the split", "needed", "in all would do"]),
         (
             "score emoji-llava coco_pope_random.jsonl --answers other.jsonl --images . --out a",
             ["other.jsonl:1", "none of 1 answers"],
@@ -122,11 +124,20 @@ POPE = {"question_id": 1, "image": "a.png", "text": "Is there a dog in the image
         ("report --out c --doses 0.5 1", ["doses are (0.5, 1.0)", "below 0"]),
         ("report --out d --tokens 0", ["tokens is 0"]),
     ],
-    ids=["too few examples", "labels that match nothing", "an unknown object", "no opposite dose", "no tokens"],
+    ids=[
+        "too few examples",
+        "too few, of runs in the folder",
+        "labels that match nothing",
+        "an unknown object",
+        "no opposite dose",
+        "no tokens",
+    ],
 )
 def test_bad_input_is_one_clear_line(folder, monkeypatch, capsys, line, said):
     monkeypatch.chdir(folder)
     Image.new("RGB", (48, 48)).save("a.png")
+    for name in ("clt", "plt"):
+        copytree(Path("runs", name), Path("alone", name), dirs_exist_ok=True)
     Path("coco_pope_random.jsonl").write_text(json.dumps(POPE))
     Path("fish.jsonl").write_text(json.dumps({**POPE, "text": "Is there a zebrafish in the image?"}))
     Path("other.jsonl").write_text(json.dumps({"question_id": 77, "text": "yes"}))

@@ -101,7 +101,7 @@ def report(
             "score", out / SCORE, "how much is hallucinated",
             lambda: score(
                 loaded.id, data, out=out, truth=Truth(questions=1), limit=scenes, batch_prompts=batch_prompts,
-                resume=(out / "asked.json").exists(), loading=loading,
+                resume=True, loading=loading,
             ),
         ),
         _Stage(
