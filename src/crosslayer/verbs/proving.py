@@ -18,13 +18,10 @@ from crosslayer.hallucination.feature_table import CONTRAST
 from crosslayer.hallucination.prove.findings import findings, goals
 from crosslayer.hallucination.prove.page import write_page
 from crosslayer.hallucination.prove.proof import Proof, protocol, prove, read_suppression
-from crosslayer.hallucination.responses import RESPONSES, read_responses
-from crosslayer.hallucination.rewriting import without
 from crosslayer.hallucination.suppress.calibration import Calibration
 from crosslayer.hallucination.suppress.everything import EDIT, SUPPRESS, Plan
 from crosslayer.hallucination.suppress.objective import Weighing
 from crosslayer.hallucination.suppress.protocol import Protocol, Trial
-from crosslayer.hallucination.synonyms import EMOJI, load_table
 from crosslayer.memory import keep_freed_memory
 from crosslayer.model_options import AS_IT_IS
 from crosslayer.models.load import LoadedModel, load_model
@@ -36,7 +33,7 @@ from crosslayer.verbs.arguments import Loading, OtherModel, check_positive, load
 from crosslayer.verbs.circuits import circuits
 from crosslayer.verbs.contrasting import contrast
 from crosslayer.verbs.scoring import BUNDLED_MODEL, SCORE, Truth, score
-from crosslayer.verbs.suppressing import SCENES, suppress
+from crosslayer.verbs.suppressing import SCENES, suppress, trial_in
 from crosslayer.wiring import Wiring
 from crosslayer.workflow import train
 
@@ -174,15 +171,7 @@ def _trial(model: LoadedModel, coder: CrossLayerTranscoder, out: Path) -> Trial:
         EditFile.load(out / EDIT).check(model, coder)
     except UserError as error:
         raise UserError(f"{out / EDIT}: {error}; choose another --out, or the RUN that it is for") from None
-    about = read_json(out / SCORE)
-    return Trial(
-        model,
-        read_responses(out / RESPONSES),
-        out,
-        load_table(about.get("synonyms") or EMOJI),
-        protocol(read_suppression(out)),
-        without=without if about["data"] == EMOJI_SCENES else None,
-    )
+    return trial_in(out, model, protocol(read_suppression(out)))
 
 
 def _said(proof: Proof) -> dict[str, list[dict[str, object]]]:

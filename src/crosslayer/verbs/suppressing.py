@@ -19,6 +19,7 @@ from crosslayer.hallucination.suppress.objective import Weighing
 from crosslayer.hallucination.suppress.protocol import Protocol, Trial
 from crosslayer.hallucination.synonyms import EMOJI, load_table
 from crosslayer.model_options import AS_IT_IS
+from crosslayer.models.load import LoadedModel
 from crosslayer.verbs.arguments import Loading, OtherModel, Run, check_positive, load_run
 from crosslayer.verbs.scoring import SCORE, Truth, score
 from crosslayer.verbs.suppress_tables import suppress_tables
@@ -71,11 +72,6 @@ def suppress(
             batch_prompts=batch_prompts,
             loading=loading,
         )
-    responses, about = read_responses(out / RESPONSES), read_json(out / SCORE)
-    if about["model"] not in ("", loaded.id):
-        raise UserError(
-            f"{out / RESPONSES}: answers of {about['model']}, but {run} was trained on {loaded.id}; score that model"
-        )
     settings = Protocol(
         weighing=weighing,
         calibration=calibration,
@@ -83,16 +79,22 @@ def suppress(
         seed=seed,
         batch_prompts=batch_prompts,
     )
-    bundled = about["data"] == EMOJI_SCENES
-    trial = Trial(
-        loaded,
-        responses,
-        out,
-        load_table(about.get("synonyms") or EMOJI),
-        settings,
-        without=without if bundled else None,
-        again=again,
-    )
+    trial = trial_in(out, loaded, settings, again=again)
     result = run_suppression(trial, coder.requires_grad_(False), plan=plan, beside=other, circuit=features)
     print(suppress_tables(result))
     print(f"\nthe edit is {out / EDIT}; try it: crosslayer generate {run} --edit {out / EDIT} --prompt ... --image ...")
+
+
+def trial_in(out: Path, model: LoadedModel, settings: Protocol, *, again: bool = False) -> Trial:
+    """What edits are tried on: the responses that `score` left in a folder.
+
+    Raises:
+        UserError: when they are another model's, naming both.
+    """
+    responses, about = read_responses(out / RESPONSES), read_json(out / SCORE)
+    if about["model"] not in ("", model.id):
+        raise UserError(
+            f"{out / RESPONSES}: answers of {about['model']}, but the run was trained on {model.id}; score that model"
+        )
+    table, bundled = load_table(about.get("synonyms") or EMOJI), about["data"] == EMOJI_SCENES
+    return Trial(model, responses, out, table, settings, without=without if bundled else None, again=again)

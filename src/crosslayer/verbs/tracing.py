@@ -6,7 +6,6 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from crosslayer.attribution.attribute import Budget, attribute
-from crosslayer.attribution.faithfulness import faithfulness
 from crosslayer.attribution.figure import write_figure
 from crosslayer.attribution.graph import AttributionGraph
 from crosslayer.attribution.summary import summary
@@ -15,9 +14,8 @@ from crosslayer.data.examples import Example
 from crosslayer.errors import UserError
 from crosslayer.formats.circuit_tracer_graph import write_circuit_tracer_graph
 from crosslayer.model_options import AS_IT_IS
-from crosslayer.models.prompts import prepare
 from crosslayer.verbs.arguments import Loading, OtherModel, Overwrite, Plain, Run, load_run
-from crosslayer.verbs.checking import check_paths, report_check
+from crosslayer.verbs.checking import check_paths, checked_on
 
 
 def graph(
@@ -87,9 +85,7 @@ def graph(
         if beside is not None:
             other = CrossLayerTranscoder.load(beside)
             checked.append((other, attribute(loaded, other, prompt, image, **settings, run=beside)))
-        batch = prepare(loaded.model, loaded.processor, [Example("prompt", prompt, response, image=image, form=form)])
-        checks = [faithfulness(loaded, coder, graph, batch) for coder, graph in checked]
-        print(f"\n{report_check(checks, prompt, out)}")
+        print(f"\n{checked_on(loaded, checked, Example('prompt', prompt, response, image=image, form=form), out)}")
 
 
 def _whole(found: AttributionGraph) -> str:

@@ -1,15 +1,13 @@
-"""The record of circuits: what was found, as JSON, and the list of features that is read back from it."""
+"""The record of circuits: what was found, as JSON, and the list of features that suppression tries as one edit."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from crosslayer.attribution.aggregate import EdgeRow, NodeRow
 from crosslayer.attribution.contrast import ALPHA, Contrast, NodeChange
-from crosslayer.errors import UserError
-from crosslayer.files import nulls, read_json
+from crosslayer.files import nulls
 from crosslayer.hallucination.circuits.foresight import PUBLISHED, Foresight
 from crosslayer.hallucination.circuits.planted import Planted
 from crosslayer.metrics import Figure
@@ -99,18 +97,6 @@ class Circuits:
             "circuits": list(map(_circuit, self.circuits)),
         }
         return json.dumps(nulls(record), indent=1, ensure_ascii=False)
-
-
-def read_circuit(path: str | Path) -> tuple[tuple[int, int], ...]:
-    """The (layer, feature) of a record's circuit, each once, those of the largest difference of effect first.
-
-    Raises:
-        UserError: when there is no such file, or it is something else.
-    """
-    record = read_json(Path(path))
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA or "features" not in record:
-        raise UserError(f"{path}: holds no circuits; `crosslayer hallucination circuits` writes {CIRCUITS}")
-    return tuple(dict.fromkeys((row["layer"], row["feature"]) for row in record["features"]))
 
 
 def features_of(circuits: Sequence[Circuit]) -> tuple[CircuitFeature, ...]:

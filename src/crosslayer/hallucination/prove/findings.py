@@ -87,7 +87,7 @@ def _retained(proof: Proof, name: str) -> Finding:
     found = proof.edit.changes[name]
     return Finding(
         topic="What is true is still said",
-        claim=f"The edit costs no more than {POINTS:.0%} of {WORDS[name]}.",
+        claim=f"The edit costs no more than {100 * POINTS:g} points of {WORDS[name]}.",
         supported=found.difference.low >= -POINTS,
         evidence=_from_to(found) + ("" if found.difference.low >= -POINTS else _undecided(found)),
     )
@@ -201,7 +201,7 @@ def _goals(proof: Proof) -> Iterator[Goal]:
     for name in (m.name for m in RETAINED if m.name in proof.edit.changes):
         found = proof.edit.changes[name]
         yield Goal(
-            goal=f"{WORDS[name]}: no more than {POINTS:.0%} lost",
+            goal=f"{WORDS[name]}: no more than {100 * POINTS:g} points lost",
             met=found.difference.value >= -POINTS,
             figures=_from_to(found),
         )
