@@ -1,6 +1,7 @@
 """Figures of suppression for a terminal."""
 
 from collections.abc import Sequence
+from math import isnan
 
 from crosslayer.hallucination.suppress.everything import Suppression
 from crosslayer.hallucination.suppress.figures import Dose
@@ -47,7 +48,9 @@ def _doses(kept: Outcome) -> str:
 
 def _comparisons(found: Suppression) -> str:
     rows = [
-        [c.measure, f"{c.kl:.4f}", c.method, f"{c.value:.3f}", c.other, f"{c.others:.3f}"] for c in found.comparisons
+        [c.measure, f"{c.kl:.4f}", c.method, f"{c.value:.3f}", c.other, f"{c.others:.3f}"]
+        for c in found.comparisons
+        if not isnan(c.others)  # no strength of the other reaches that KL
     ]
     return table(["at equal KL", "KL", "method", "share", "other", "share"], rows) if rows else ""
 

@@ -194,8 +194,8 @@ def _goals(proof: Proof) -> Iterator[Goal]:
         if proof.equal_kl is not None:
             equal = proof.equal_kl.changes[name]
             yield Goal(
-                goal="less than under the edit of the run beside it (PLT) at equal collateral KL",
-                met=equal.difference.value < 0,
+                goal="less than under the edit beside it (PLT) at equal collateral KL, interval clear of zero",
+                met=equal.difference.high < 0,
                 figures=f"{equal.after.value:.3f} against {equal.before.value:.3f}, difference {equal.difference}",
             )
     for name in (m.name for m in RETAINED if m.name in proof.edit.changes):
