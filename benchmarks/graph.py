@@ -70,14 +70,17 @@ def loaded(case: Case) -> xl.LoadedModel:
 
 @torch.no_grad()
 def make_coder(case: Case, model: xl.LoadedModel) -> xl.CrossLayerTranscoder:
-    """A random transcoder with thresholds that let as many features through as the case says."""
+    """A random transcoder that lets as many features through as the case says.
+
+    Thresholds lie halfway between two pre-activations, so that rounding decides nothing.
+    """
     coder = xl.CrossLayerTranscoder(xl.Wiring.full(model.n_layers), model.d_model, case.d_transcoder, xl.JointTopK(8))
     coder.initialise(0)
     batch, reads = prepare(model.model, model.processor, [example(case)]), dict[int, torch.Tensor]()
     with recording(model.sites, reads.__setitem__, lambda *_: None):
         model.model(**batch.inputs, use_cache=False)
     pre = [coder.layer_preactivations(i, reads[layer][0, 1:]) for i, layer in enumerate(coder.sources)]
-    cuts = [values.flatten().topk(case.active * len(values) + 1).values[-1] for values in pre]
+    cuts = [values.flatten().topk(case.active * len(values) + 1).values[-2:].mean() for values in pre]
     coder.with_thresholds(torch.stack(cuts)[:, None].expand(-1, case.d_transcoder))
     coder.provenance = Provenance(model.id)
     return coder.requires_grad_(False)
