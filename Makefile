@@ -9,7 +9,7 @@ help:
 	@echo "make install   make .venv and install crosslayer with its pinned dependencies"
 	@echo "make demo      train, replace and compare on the bundled model (about five minutes)"
 	@echo "make test      lint, types and tests"
-	@echo "make bench     training step, kernels, capture, training from a store, graphs; results in benchmarks/results"
+	@echo "make bench     training step, kernels, capture, training from a store, graphs, big runs; results in benchmarks/results"
 	@echo "make clean     remove .venv and the demo's output"
 
 install: $(STAMP)
@@ -45,6 +45,7 @@ bench: install
 	$(BIN)/python benchmarks/capture.py --keep
 	$(BIN)/python benchmarks/store.py --keep
 	$(BIN)/python benchmarks/graph.py --keep
+	$(BIN)/python benchmarks/offload.py --keep
 
 clean:
 	rm -rf .venv demo

@@ -29,7 +29,7 @@ FLOORS = (
     {"models"},
     {"data"},
     {"zoo"},
-    {"wiring", "metrics", "files", "memory", "variants", "errors", "drawing"},
+    {"wiring", "metrics", "files", "mapped", "memory", "variants", "errors", "drawing"},
 )
 """From top to bottom: a module imports from its own floor and from those below. A file of a package that stands
 elsewhere than the package is named for itself."""

@@ -21,7 +21,7 @@ from crosslayer import (
 from crosslayer.attribution.many import GRAPHS
 from crosslayer.coders.transcoder import Provenance
 from crosslayer.data.skipped import Skipped
-from crosslayer.model_options import AS_IT_IS
+from crosslayer.model_options import AS_SAVED
 from crosslayer.verbs.arguments import load_run
 from making import TEXTS, finished_coder
 
@@ -40,7 +40,7 @@ def run(llama_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(run, llama_folder) -> tuple[LoadedModel, CrossLayerTranscoder]:
-    coder, model = load_run(str(run), None, AS_IT_IS)
+    coder, model = load_run(str(run), None, AS_SAVED)
     return model, coder
 
 
@@ -65,7 +65,7 @@ def one_thread():
 @pytest.mark.usefixtures("one_thread")
 def test_shared_work_and_resumed_work_give_the_same_bytes(pair, run, tmp_path):
     whole = aggregate(*pair, CASES, tmp_path / "whole", run=str(run))
-    shared = Workers(n=2, load=partial(load_run, str(run), None, AS_IT_IS))
+    shared = Workers(n=2, load=partial(load_run, str(run), None, AS_SAVED))
 
     with pytest.raises(KeyboardInterrupt, match="2 of 5 graphs; the same command goes on"):
         aggregate(*pair, CASES, tmp_path / "parts", run=str(run), skipped=AfterTwo())
@@ -112,7 +112,7 @@ def test_graphs_of_another_run_setting_or_example_are_refused(pair, run, tmp_pat
     with pytest.raises(UserError, match="example = text-0, now text-1"):
         aggregate(*pair, CASES[1:2], tmp_path, run="runs/clt")
     with pytest.raises(UserError, match="workers is 0"):
-        Workers(n=0, load=partial(load_run, "", None, AS_IT_IS))
+        Workers(n=0, load=partial(load_run, "", None, AS_SAVED))
 
 
 def test_bad_examples_are_skipped_where_somebody_takes_note(pair, tmp_path):

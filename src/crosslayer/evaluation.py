@@ -11,6 +11,7 @@ from torch import Tensor
 
 from crosslayer import metrics
 from crosslayer.activations.capture import capture_all
+from crosslayer.coders.codes import Codes
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Example
 from crosslayer.errors import UserError
@@ -253,17 +254,23 @@ class _Reconstruction:
         codes = self.transcoder.encode(x)
         error = (y[usable] - self.transcoder.decode(codes, x)).float().square().sum(2)
         spread = (y[usable].float() - self.mean_write).square().sum(2)
-        active = torch.stack([(c.dense() > 0) for c in codes], 1)
+        modalities = {name: _modality(name, batch.image[usable]) for name in MODALITIES}
+        active = torch.stack([self._count(i, c, modalities) for i, c in enumerate(codes)], 1)
         prompt = torch.arange(len(usable), device=x.device)[:, None].expand_as(usable)[usable]
-        for name in MODALITIES:
-            rows = _modality(name, batch.image[usable])
-            self.fired[name] += active[rows].sum(0).cpu()
+        for name, rows in modalities.items():
             ones = torch.ones(int(rows.sum()), 1, device=x.device)
-            for key, values in (("error", error), ("spread", spread), ("active", active.sum(2)), ("tokens", None)):
+            for key, values in (("error", error), ("spread", spread), ("active", active), ("tokens", None)):
                 chosen = ones if values is None else values[rows]
                 total = torch.zeros(len(usable), chosen.shape[1], dtype=torch.double, device=x.device)
                 total.index_add_(0, prompt[rows], chosen.double())
                 self.sums.setdefault((name, key), []).append(total.cpu())
+
+    def _count(self, i: int, codes: Codes, modalities: dict[str, Tensor]) -> Tensor:
+        """How many features of a source are active on each token; notes which, by modality."""
+        active = codes.dense() > 0
+        for name, rows in modalities.items():
+            self.fired[name][i] += active[rows].sum(0).cpu()
+        return active.sum(1)
 
     def figures(self) -> dict:
         """The figures of `Evaluation` that concern reconstruction."""

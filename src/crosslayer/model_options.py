@@ -1,6 +1,6 @@
 """The options of loading a model, which every verb that does has."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 from tyro.conf import arg
@@ -34,7 +34,7 @@ class ModelOptions:
 
     def load(self, name: str, read: str = "resid") -> LoadedModel:
         """The model, with its sites proved."""
-        return load_model(name, read=read, **asdict(self))
+        return load_model(name, read=read, **{own.name: getattr(self, own.name) for own in fields(ModelOptions)})
 
     def processor(self, name: str) -> Any:
         """What feeds the model, without its weights."""
@@ -51,5 +51,16 @@ class ModelOptions:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(ModelOptions):
+    """How to load a run, and the model that it was trained on."""
+
+    offload: bool = False
+    """Leave the run's weights on disk instead of on the GPU, and bring what is used of them: for runs of any size. (On
+    a CPU that is how runs are always loaded.)"""
+
+
 AS_IT_IS = ModelOptions()
 """A model in its own precision, on one device."""
+AS_SAVED = RunOptions()
+"""A run whole on the device of its model, which is as it is."""

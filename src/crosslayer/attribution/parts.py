@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from crosslayer.coders.far import fetch_rows
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.errors import UserError
 from crosslayer.replacement.local import LocalReplacement
@@ -117,7 +118,7 @@ def active_pairs(
 def _active(local: LocalReplacement, coder: CrossLayerTranscoder, i: int, first: Tensor) -> Active:
     layer, like = coder.sources[i], local.stream
     positions, features, activations = active_pairs(local, coder, i, first)
-    directions = coder.W_enc[i][features].to(like)
+    directions = fetch_rows(coder.W_enc[i], features).to(like)
     return Active(
         torch.full_like(features, layer),
         positions,

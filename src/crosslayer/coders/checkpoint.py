@@ -9,7 +9,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Size, Tensor
 
 from crosslayer.errors import UserError
-from crosslayer.files import read_json, read_tensors, write_json, write_tensors
+from crosslayer.files import read_json, write_json, write_tensors
+from crosslayer.mapped import map_tensors
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 FORMAT_VERSION = 1
@@ -34,7 +35,7 @@ def write_run(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
 
 
 def read_run(source: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and tensors of a run, from a folder or the hub.
+    """The configuration of a run, from a folder or the hub, and its tensors as maps of its files.
 
     Raises:
         UserError: when there is no run at `source`, or it is of another format version, or a file is damaged.
@@ -48,7 +49,7 @@ def read_run(source: str, revision: str | None = None) -> tuple[dict[str, Any], 
         )
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
-        tensors |= read_tensors(folder / file)[0]
+        tensors |= map_tensors(folder / file)
     return config, tensors
 
 

@@ -12,8 +12,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from crosslayer.coders import kernels
+from crosslayer.coders.far import near
 from crosslayer.coders.pattern import Pattern
-from crosslayer.coders.products import affine
+from crosslayer.coders.products import affine, product
+
+COLUMNS = 4096
+"""Of weights that lie elsewhere, how many a dense product brings at once."""
 
 
 @runtime_checkable
@@ -74,9 +78,10 @@ class SparseCodes:
 
     def decode(self, W: Float[Tensor, "F K"]) -> Float[Tensor, "N K"]:
         """See `Codes.decode`; costs A x K, or a dense product where that is less."""
-        if self.pattern.density > kernels.DENSE_FROM[W.device.type]:
-            return affine(self.dense(), W.T)
-        return _Decode.apply(self.values, W, self.pattern)
+        if self.pattern.density > kernels.DENSE_FROM[self.values.device.type]:
+            return _dense_decode(self.dense(), W)
+        pattern, W = near(self.pattern, W)
+        return _Decode.apply(self.values, W, pattern)
 
     def dense(self) -> Float[Tensor, "N F"]:
         """See `Codes.dense`."""
@@ -97,8 +102,7 @@ class SparseCodes:
 
     def compact(self) -> "tuple[Tensor, SparseCodes]":
         """See `Codes.compact`."""
-        features, places = self.pattern.features.unique(return_inverse=True)
-        pattern = Pattern(self.pattern.offsets, self.pattern.tokens, places, len(features))
+        features, pattern = self.pattern.compact()
         return features, SparseCodes(pattern, self.values)
 
     def select(self, keep: Bool[Tensor, " A"], values: Float[Tensor, " A"]) -> "SparseCodes":
@@ -125,7 +129,7 @@ class DenseCodes:
 
     def decode(self, W: Float[Tensor, "F K"]) -> Float[Tensor, "N K"]:
         """See `Codes.decode`; one dense product."""
-        return affine(self.acts, W.T)
+        return _dense_decode(self.acts, W)
 
     def dense(self) -> Float[Tensor, "N F"]:
         """See `Codes.dense`."""
@@ -164,6 +168,14 @@ def encode_active(
     return SparseCodes(pattern, _EncodeActive.apply(x, W_enc, b_enc, pattern, values))
 
 
+def _dense_decode(acts: Float[Tensor, "N F"], W: Float[Tensor, "F K"]) -> Float[Tensor, "N K"]:
+    """acts @ W, without a copy of W where no gradient is asked for."""
+    if W.device != acts.device:
+        return torch.cat([_dense_decode(acts, part.to(acts.device)) for part in W.split(COLUMNS, 1)], 1)
+    learning = torch.is_grad_enabled() and (acts.requires_grad or W.requires_grad)
+    return affine(acts, W.T) if learning else product(acts, W)
+
+
 class _Decode(torch.autograd.Function):
     """[N, K] = codes @ W; both gradients touch active pairs only."""
 
@@ -196,7 +208,12 @@ class _EncodeActive(torch.autograd.Function):
         x, W_enc = ctx.saved_tensors
         pattern, grad = ctx.pattern, grads[0]
         needs_x, needs_W, needs_b = ctx.needs_input_grad[:3]
-        grad_x = kernels.decode(pattern, grad.contiguous(), W_enc) if needs_x else None
+        grad_x = _weighted_rows(pattern, grad.contiguous(), W_enc) if needs_x else None
         grad_W = kernels.sum_by_feature(pattern, grad, x) if needs_W else None
         grad_b = grad.new_zeros(pattern.n_features).index_add_(0, pattern.features, grad) if needs_b else None
         return grad_x, grad_W, grad_b, None, None
+
+
+def _weighted_rows(pattern: Pattern, values: Float[Tensor, " A"], W: Float[Tensor, "F K"]) -> Float[Tensor, "N K"]:
+    pattern, W = near(pattern, W)
+    return kernels.decode(pattern, values, W)

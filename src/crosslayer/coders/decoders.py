@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from crosslayer.coders.codes import Codes
+from crosslayer.coders.far import fetch_rows
 from crosslayer.errors import UserError
 from crosslayer.variants import read_variant, write_variant
 from crosslayer.wiring import Wiring
@@ -110,14 +111,19 @@ class Bank(nn.Module):
         for i, s in enumerate(self.wiring.source_layers):
             self.scale[i].mul_(output_scale[list(self.wiring.targets(s))])
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every parameter under its name in a run file, by layer number: `W_dec.{s}`, `scale.{s}`, ..."""
+    def names(self) -> dict[str, str]:
+        """Of every parameter: its name in a run file, by layer number: `W_dec.{s}`, `scale.{s}`, ..."""
         named = {}
-        for name, parameter in self.named_parameters():
+        for name, _ in self.named_parameters():
             kind, number = name.split(".")
             layers = range(self.wiring.n_layers) if kind == "W_target" else self.wiring.source_layers
-            named[f"{kind}.{layers[int(number)]}"] = parameter
+            named[name] = f"{kind}.{layers[int(number)]}"
         return named
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every parameter under its name in a run file."""
+        names = self.names()
+        return {names[name]: parameter for name, parameter in self.named_parameters()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,4 +329,4 @@ def read_decoder(record: dict[str, Any]) -> Decoder:
 
 
 def _rows(parameter: Tensor, features: Tensor | None) -> Tensor:
-    return parameter if features is None else parameter.index_select(0, features)
+    return parameter if features is None else fetch_rows(parameter, features)

@@ -48,6 +48,11 @@ class Pattern:
         """Share of the N x F pairs that is active."""
         return len(self) / max(1, self.n_tokens * self.n_features)
 
+    def compact(self) -> "tuple[Int[Tensor, ' U'], Pattern]":
+        """The features that are active anywhere, in order, and the pattern over those alone."""
+        features, places = self.features.unique(return_inverse=True)
+        return features, Pattern(self.offsets, self.tokens, places, len(features))
+
     def counts(self) -> Int[Tensor, " F"]:
         """On how many tokens each feature is active."""
         return torch.bincount(self.features, minlength=self.n_features)

@@ -27,6 +27,8 @@ from crosslayer.coders.sparsity import (
 )
 from crosslayer.coders.writes import CoalescedWrites, RunningWrites, Writes
 from crosslayer.errors import UserError
+from crosslayer.files import size_text
+from crosslayer.memory import memory_room
 from crosslayer.wiring import Wiring
 
 
@@ -108,7 +110,7 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         self.wiring, self.d_model, self.d_transcoder, self.sparsity = wiring, d_model, d_transcoder, sparsity
         self.skip, self.sources = skip, wiring.source_layers
         self.input_norm, self.kept_layers = input_norm, tuple(kept_layers)
-        self.provenance = Provenance()
+        self.provenance, self.offloaded = Provenance(), False
         F, L, D = d_transcoder, wiring.n_layers, d_model
         self.W_enc = nn.ParameterList(torch.zeros(F, D) for _ in self.sources)
         self.b_enc = nn.ParameterList(torch.zeros(F) for _ in self.sources)
@@ -165,15 +167,17 @@ class CrossLayerTranscoder(nn.Module, Encoder):
 
     def layer_preactivations(self, i: int, x: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
         """The same for source number i, from that layer's x."""
-        return affine(x, self.W_enc[i], self.b_enc[i])
+        return affine(x, self.W_enc[i].to(x.device), self.b_enc[i])
 
     def decoder_norms(self) -> Float[Tensor, "S F"]:
         """Length of each feature's write vectors over all its targets."""
-        return self.decoder.norms()
+        return self.decoder.norms().to(self.b_dec.device)
 
     def encode(self, x: Float[Tensor, "N L D"]) -> list[Codes]:
-        """Codes of every source layer, each layer's x given (not the replaced stream's)."""
-        return self.encode_for_training(x, 1.0).codes
+        """Codes of every source layer, each layer's x given (not the replaced stream's); layer by layer if possible."""
+        if self.thresholds is None:
+            return self.encode_for_training(x, 1.0).codes
+        return [self.encode_layer(s, x[:, s]) for s in self.sources]
 
     def encode_for_training(self, x: Float[Tensor, "N L D"], progress: float) -> Encoded:
         """Codes and pre-activations under the sparsity in force at `progress` (0 to 1), with gradients."""
@@ -229,7 +233,7 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         """What the skip connection of a layer that has one passes on, to its targets side by side."""
         assert self.skip is not None
         W = self.W_skip[self.skip.source_layers.index(layer)]
-        return linear(x if self.input_scale is None else x / self.input_scale[layer], W.flatten(0, 1))
+        return linear(x if self.input_scale is None else x / self.input_scale[layer], W.flatten(0, 1).to(x.device))
 
     def write(self, writes: Writes, target: int) -> Float[Tensor, "N D"]:
         """What stands in for one layer's MLP output, once the layers up to it were added."""
@@ -279,6 +283,27 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         self.input_scale = self.output_scale = None
         return self
 
+    def place(self, device: torch.device) -> "CrossLayerTranscoder":
+        """Move it, in place, to where it is to compute; if it is offloaded, without the weights that features have.
+
+        Those stay where they are, and what is used of them is brought: rows of active features, and one layer's
+        encoder at a time. Biases and thresholds come along.
+
+        Raises:
+            UserError: when the device has no room for it.
+        """
+        if self.offloaded:
+            self.b_enc.to(device)
+            self.b_dec.data = self.b_dec.to(device)
+            for name, buffer in [*self.named_buffers()]:
+                setattr(self, name, buffer.to(device))
+            return self
+        size = sum(p.nbytes for p in self.parameters() if p.device != device)
+        room = memory_room(device) if size else None
+        if room is not None and size > room:
+            raise UserError(f"the run takes {size_text(size)} and {device} has {size_text(room)} free; add --offload")
+        return self.to(device)
+
     def save(self, path: str | Path) -> None:
         """Write a run folder: `config.json` and `model.safetensors` (sharded past 5 GB), atomically.
 
@@ -291,22 +316,27 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         write_run(Path(path), self._config(), self._tensors())
 
     @classmethod
-    def load(cls, path: str | Path, revision: str | None = None) -> "CrossLayerTranscoder":
+    def load(cls, path: str | Path, revision: str | None = None, *, offload: bool = False) -> "CrossLayerTranscoder":
         """Read a run folder, local or on the hub.
+
+        Weights are maps of its files (`crosslayer.mapped`): those that are never used are never read, and a run may be
+        larger than memory. Under `offload` they stay so where a model on a GPU uses it (`place`), and do not learn.
 
         Raises:
             UserError: naming the file or tensor that is missing or wrong.
         """
         config, tensors = read_run(str(path), revision)
         try:
-            coder = cls._from_config(config)
+            with torch.device("meta"):  # shapes alone: what they hold comes from the files
+                coder = cls._from_config(config)
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"{path}: its config.json describes no transcoder ({type(error).__name__}: {error}); "
                 "copy the run again or retrain it"
             ) from None
         coder._read_tensors(tensors)
-        return coder
+        coder.offloaded = offload
+        return coder.requires_grad_(not offload)
 
     @classmethod
     def _from_config(cls, config: dict[str, Any]) -> "CrossLayerTranscoder":
@@ -341,24 +371,34 @@ class CrossLayerTranscoder(nn.Module, Encoder):
 
     def _tensors(self) -> dict[str, Tensor]:
         """Every tensor of the run under its name in the file; views of this coder's own."""
-        named = dict(self.decoder.tensors())
-        for i, s in enumerate(self.sources):
-            named |= {f"W_enc.{s}": self.W_enc[i], f"b_enc.{s}": self.b_enc[i]}
-            if self.thresholds is not None:
-                named[f"threshold.{s}"] = self.thresholds[i]
-        for s, t, W in self._skip_pairs():
-            named[f"W_skip.{t}" if s == t else f"W_skip.{s}.{t}"] = W
-        for t in range(self.wiring.n_layers):
-            named |= {f"b_dec.{t}": self.b_dec[t], f"first_write.{t}": self.first_write[t]}
-        if isinstance(self.sparsity, BatchTopK):
-            named["cut"] = self.cut
-        return {name: tensor.detach() for name, tensor in named.items()}
+        named, state = dict[str, Tensor](), self.state_dict()
+        for own, files in self._names().items():
+            named |= {files: state[own]} if isinstance(files, str) else dict(zip(files, state[own], strict=True))
+        return named
 
     def _read_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take the run's tensors for this coder's own: no copy is made of weights in its precision."""
         own = self._tensors()
         check_tensors({name: tensor.shape for name, tensor in own.items()}, tensors)
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        found = {name: tensors[name].to(tensor.dtype) for name, tensor in own.items()}
+        state = {"cut": torch.zeros(())}
+        for name, files in self._names().items():
+            state[name] = found[files] if isinstance(files, str) else _stack([found[file] for file in files])
+        self.load_state_dict(state, assign=True)
+
+    def _names(self) -> dict[str, str | list[str]]:
+        """Of each tensor of this module: its name in the file, by layer number, or those of its rows."""
+        names: dict[str, str | list[str]] = {f"decoder.{own}": file for own, file in self.decoder.names().items()}
+        for i, s in enumerate(self.sources):
+            names |= {f"W_enc.{i}": f"W_enc.{s}", f"b_enc.{i}": f"b_enc.{s}"}
+        for name in ("b_dec", "first_write"):
+            names[name] = [f"{name}.{t}" for t in range(self.wiring.n_layers)]
+        for j, s in enumerate(self.skip.source_layers if self.skip else ()):
+            targets = self.skip.targets(s) if self.skip else ()
+            names[f"W_skip.{j}"] = [f"W_skip.{t}" if s == t else f"W_skip.{s}.{t}" for t in targets]
+        if self.thresholds is not None:
+            names["thresholds"] = [f"threshold.{s}" for s in self.sources]
+        return names | ({"cut": "cut"} if isinstance(self.sparsity, BatchTopK) else {})
 
     def _skip_pairs(self) -> list[tuple[int, int, Tensor]]:
         """Source, target and matrix [D, D] of every skip connection."""
@@ -375,3 +415,7 @@ class CrossLayerTranscoder(nn.Module, Encoder):
             W.mul_(output_scale[t] / input_scale[s])
         self.decoder.fold(output_scale)
         self.b_dec.mul_(output_scale.view(-1, 1))
+
+
+def _stack(rows: list[Tensor]) -> Tensor:
+    return torch.stack(rows) if len(rows) > 1 else rows[0][None]  # which is no copy

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from crosslayer.coders.codes import Codes, SparseCodes
 from crosslayer.coders.decoders import Bank
+from crosslayer.coders.far import fetch_rows
 from crosslayer.errors import UserError
 
 
@@ -105,9 +106,9 @@ class CoalescedWrites:
         i, place = self.wiring.source_layers.index(source), target - self.wiring.targets(source).start
         values, features = self.codes[source].values, self.codes[source].pattern.features
         if len(self.bank.offset):
-            values = values + self.bank.offset[i][features, place]
+            values = values + fetch_rows(self.bank.offset[i], features)[:, place]
         if len(self.bank.scale):
-            values = values * self.bank.scale[i][features, place]
+            values = values * fetch_rows(self.bank.scale[i], features)[:, place]
         return values
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear
 
+from crosslayer.coders.far import fetch_rows
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.replacement.actions import Action
 from crosslayer.replacement.interventions import Intervention, Steer
@@ -57,7 +58,7 @@ class FeatureEdits:
         self.of = torch.tensor(features, device=coder.b_dec.device)
         i = coder.sources.index(layer)
         self.thresholds = None if thresholds is None else thresholds[i][self.of].detach().clamp_min(0)
-        self.W_enc, self.b_enc = coder.W_enc[i][self.of].detach(), coder.b_enc[i][self.of].detach()
+        self.W_enc, self.b_enc = fetch_rows(coder.W_enc[i], self.of).detach(), coder.b_enc[i][self.of].detach()
         self.vectors = coder.decoder.vectors(i, self.of).detach().flatten(1)
         constants = coder.decoder.constants(i, self.of)
         self.constants = None if constants is None else constants.detach().flatten(1)

@@ -81,7 +81,7 @@ class Deltas:
         rows = [slice(row, row + 1) for row in range(len(sets))] if len(sets) > 1 else [slice(None)]
         placed = [(edit, row) for edits, row in zip(sets, rows, strict=True) for edit in edits]
         check_all([edit for edit, _ in placed], coder)
-        coder.to(model.device)
+        coder.place(model.device)
         self.features: dict[int, FeatureEdits] = {}
         self.directions: dict[tuple[str, int], DirectionEdits] = {}
         thresholds = coder.thresholds if coder.thresholds is not None else coder.sparsity.thresholds(coder)

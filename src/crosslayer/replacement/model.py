@@ -36,7 +36,7 @@ class ReplacementModel:
     def __init__(self, model: LoadedModel, transcoder: CrossLayerTranscoder):
         check_match(transcoder, model.id, model.n_layers, model.d_model, model.sites.read)
         self.model = model
-        self.transcoder = transcoder.to(model.device)
+        self.transcoder = transcoder.place(model.device)
 
     @contextmanager
     def replaced(self, progress: float = 1.0) -> Iterator[None]:

@@ -17,14 +17,14 @@ from crosslayer.data.load import read_data
 from crosslayer.data.reading import Reading
 from crosslayer.data.skipped import SKIPPED
 from crosslayer.files import claim_folder
-from crosslayer.model_options import AS_IT_IS
+from crosslayer.model_options import AS_SAVED
 from crosslayer.verbs.arguments import (
     Data,
     HowRead,
-    Loading,
     OtherModel,
     Overwrite,
     Run,
+    RunLoading,
     check_positive,
     load_run,
     print_skipped,
@@ -66,7 +66,7 @@ def aggregate(
     seed: Annotated[int, arg(help="Of the bootstrap.")] = 0,
     model: OtherModel = None,
     overwrite: Overwrite = False,
-    loading: Loading = AS_IT_IS,
+    loading: RunLoading = AS_SAVED,
 ) -> None:
     """Average the graphs of a data set, and compare two; the same as `crosslayer graph --aggregate`.
 

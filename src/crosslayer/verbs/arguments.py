@@ -9,7 +9,7 @@ from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Examples
 from crosslayer.data.reading import DATA_KINDS, Reading
 from crosslayer.errors import UserError
-from crosslayer.model_options import ModelOptions
+from crosslayer.model_options import ModelOptions, RunOptions
 from crosslayer.models.load import LoadedModel
 
 Model = Annotated[
@@ -20,6 +20,7 @@ Run = Annotated[Positional[str], arg(metavar="RUN", help="Folder of a trained tr
 HowRead = Annotated[Reading, arg(name="")]
 Read = Annotated[str, arg(help="What the encoders read: resid (before the MLP's norm) or mlp_in (after).")]
 Loading = Annotated[ModelOptions, arg(name="")]
+RunLoading = Annotated[RunOptions, arg(name="")]
 Seed = Annotated[int, arg(help="Seed of the weights and of the order of the data.")]
 FirstTarget = Annotated[int, arg(help="0: a source writes to its own layer first; 1: to the next.")]
 OtherModel = Annotated[str | None, arg(help="Model to use instead of the one the run names.")]
@@ -34,9 +35,9 @@ def check_positive(**numbers: int) -> None:
             raise UserError(f"{name} is {number}; choose at least 1")
 
 
-def load_run(run: str, model: str | None, loading: ModelOptions) -> tuple[CrossLayerTranscoder, LoadedModel]:
+def load_run(run: str, model: str | None, loading: RunOptions) -> tuple[CrossLayerTranscoder, LoadedModel]:
     """A run, and the model that it was trained on or another."""
-    coder = CrossLayerTranscoder.load(run)
+    coder = CrossLayerTranscoder.load(run, offload=loading.offload).requires_grad_(False)
     came_from = coder.provenance
     name = model or came_from.model_id
     if not name:

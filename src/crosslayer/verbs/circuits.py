@@ -13,8 +13,8 @@ from crosslayer.hallucination.circuits.find import CircuitSettings, find_circuit
 from crosslayer.hallucination.circuits.page import write_page
 from crosslayer.hallucination.circuits.record import CIRCUITS
 from crosslayer.hallucination.responses import RESPONSES, read_responses
-from crosslayer.model_options import AS_IT_IS
-from crosslayer.verbs.arguments import Loading, OtherModel, Overwrite, Run, check_positive, load_run
+from crosslayer.model_options import AS_SAVED
+from crosslayer.verbs.arguments import OtherModel, Overwrite, Run, RunLoading, check_positive, load_run
 from crosslayer.verbs.circuits_table import circuits_table
 
 PAGE, FOLDER = "circuits.html", "circuits"
@@ -32,7 +32,7 @@ def circuits(
     workers: Annotated[int, arg(help="Processes, each with the model loaded anew and one thread.")] = 1,
     model: OtherModel = None,
     overwrite: Overwrite = False,
-    loading: Loading = AS_IT_IS,
+    loading: RunLoading = AS_SAVED,
 ) -> None:
     """Find the circuits behind hallucination: aggregated graphs of hallucinated against true answers.
 

@@ -14,8 +14,8 @@ from crosslayer.hallucination.contrast_settings import ContrastSettings
 from crosslayer.hallucination.feature_table import CONTRAST
 from crosslayer.hallucination.responses import RESPONSES, Response, read_responses
 from crosslayer.hallucination.rewriting import without
-from crosslayer.model_options import AS_IT_IS
-from crosslayer.verbs.arguments import Loading, OtherModel, Overwrite, Run, load_run
+from crosslayer.model_options import AS_SAVED
+from crosslayer.verbs.arguments import OtherModel, Overwrite, Run, RunLoading, load_run
 from crosslayer.verbs.hallucination_tables import contrast_table
 
 TABLE, PAGE = "contrast.csv", "contrast.html"
@@ -35,7 +35,7 @@ def contrast(
     ] = (),
     model: OtherModel = None,
     overwrite: Overwrite = False,
-    loading: Loading = AS_IT_IS,
+    loading: RunLoading = AS_SAVED,
 ) -> None:
     """Find the features that drive hallucination: tested, matched, and ranked by what they add to the decision.
 
@@ -51,7 +51,7 @@ def contrast(
     found = find_features(
         loaded, coder, responses, path.parent, settings, run=run,
         without=without if _of_the_bundled_world(responses) else None,
-        beside={name: CrossLayerTranscoder.load(name) for name in beside},
+        beside={name: CrossLayerTranscoder.load(name, offload=loading.offload) for name in beside},
     )  # fmt: skip
     write_text(out / TABLE, found.to_csv())
     write_page(out / PAGE, found, path.parent)

@@ -13,7 +13,7 @@ from crosslayer.data.reading import Reading
 from crosslayer.errors import UserError
 from crosslayer.evaluation import evaluate as run_evaluation
 from crosslayer.files import write_text
-from crosslayer.model_options import AS_IT_IS
+from crosslayer.model_options import AS_IT_IS, AS_SAVED
 from crosslayer.models.load import LoadedModel
 from crosslayer.replacement.loading_edits import load_edit
 from crosslayer.replacement.model import ReplacementModel
@@ -32,6 +32,7 @@ from crosslayer.verbs.arguments import (
     OtherModel,
     Plain,
     Run,
+    RunLoading,
     check_positive,
     load_run,
     print_skipped,
@@ -62,7 +63,7 @@ def evaluate(
     prompts: Annotated[int, arg(help="How many examples to use at most.")] = 128,
     json: Annotated[Path | None, arg(help="File for all figures, per layer and modality too.")] = None,
     model: OtherModel = None,
-    loading: Loading = AS_IT_IS,
+    loading: RunLoading = AS_SAVED,
 ) -> None:
     """Measure how well a run's replacement model stands in for the original."""
     coder, loaded = load_run(run, model, loading)
@@ -85,7 +86,7 @@ def generate(
     edit: Annotated[Path | None, arg(help="Edit file for this run: the original under it answers too.")] = None,
     temperature: Annotated[float, arg(help="0 is greedy; above it, sampling.")] = 0.0,
     model: OtherModel = None,
-    loading: Loading = AS_IT_IS,
+    loading: RunLoading = AS_SAVED,
 ) -> None:
     """Let the original, the replacement, and the original under an edit answer the same prompt, side by side."""
     check_positive(max_new_tokens=max_new_tokens)

@@ -23,13 +23,13 @@ from crosslayer.hallucination.suppress.everything import EDIT, SUPPRESS, Plan
 from crosslayer.hallucination.suppress.objective import Weighing
 from crosslayer.hallucination.suppress.protocol import Protocol, Trial
 from crosslayer.memory import keep_freed_memory
-from crosslayer.model_options import AS_IT_IS
+from crosslayer.model_options import AS_SAVED
 from crosslayer.models.load import LoadedModel, load_model
 from crosslayer.replacement.edit_file import EditFile
 from crosslayer.report import table
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.state import STATE
-from crosslayer.verbs.arguments import Loading, OtherModel, check_positive, load_run
+from crosslayer.verbs.arguments import OtherModel, RunLoading, check_positive, load_run
 from crosslayer.verbs.circuits import circuits
 from crosslayer.verbs.contrasting import contrast
 from crosslayer.verbs.scoring import BUNDLED_MODEL, SCORE, Truth, score
@@ -79,7 +79,7 @@ def report(
     seed: Annotated[int, arg(help="Seed of the trainings, the splits and of all that is drawn.")] = 0,
     batch_prompts: Annotated[int, arg(help="Prompts in one pass.")] = Protocol.batch_prompts,
     model: OtherModel = None,
-    loading: Loading = AS_IT_IS,
+    loading: RunLoading = AS_SAVED,
 ) -> None:
     """Measure hallucination, find what causes it, suppress it, and prove it: one page for all of it.
 
@@ -92,7 +92,7 @@ def report(
     if run is None:
         run, beside = _trained(out, data, tokens, seed)
     coder, loaded = load_run(run, model, loading)
-    other = None if beside is None else CrossLayerTranscoder.load(beside).requires_grad_(False)
+    other = None if beside is None else CrossLayerTranscoder.load(beside, offload=loading.offload).requires_grad_(False)
     stages = (
         _Stage(
             "score", out / SCORE, "how much is hallucinated",

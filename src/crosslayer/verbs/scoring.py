@@ -25,10 +25,10 @@ from crosslayer.hallucination.scoring import label_all
 from crosslayer.hallucination.scoring import score as run_score
 from crosslayer.hallucination.synonyms import COCO, load_table
 from crosslayer.hallucination.tasks import QUESTION_TEXT, Task, caption_task, pope_task
-from crosslayer.model_options import AS_IT_IS, ModelOptions
+from crosslayer.model_options import AS_SAVED, RunOptions
 from crosslayer.models.load import LoadedModel
 from crosslayer.replacement.model import ReplacementModel
-from crosslayer.verbs.arguments import HowRead, Loading, Overwrite, check_positive, load_run
+from crosslayer.verbs.arguments import HowRead, Overwrite, RunLoading, check_positive, load_run
 from crosslayer.verbs.hallucination_tables import score_tables
 
 SCORE = "score.json"
@@ -81,7 +81,7 @@ def score(
     batch_prompts: Annotated[int, arg(help="Prompts answered together.")] = Answering.batch_prompts,
     resume: Annotated[bool, arg(help="Go on after an interruption, to the result of an unbroken run.")] = False,
     overwrite: Overwrite = False,
-    loading: Loading = AS_IT_IS,
+    loading: RunLoading = AS_SAVED,
 ) -> None:
     """Score hallucination: CHAIR of a model's captions and POPE of its yes-or-no answers, all greedy.
 
@@ -127,8 +127,10 @@ class _Speaker:
     speaking: AbstractContextManager[None]
 
 
-def _speaker(name: str, loading: ModelOptions) -> _Speaker:
+def _speaker(name: str, loading: RunOptions) -> _Speaker:
     if not is_run(name):
+        if loading.offload:
+            raise UserError(f"--offload is given, but {name} is a model and no run; leave it out")
         loaded = loading.load(name)
         return _Speaker(name, loaded, nullcontext())
     coder, loaded = load_run(name, None, loading)

@@ -18,9 +18,9 @@ from crosslayer.hallucination.suppress.everything import suppress as run_suppres
 from crosslayer.hallucination.suppress.objective import Weighing
 from crosslayer.hallucination.suppress.protocol import Protocol, Trial
 from crosslayer.hallucination.synonyms import EMOJI, load_table
-from crosslayer.model_options import AS_IT_IS
+from crosslayer.model_options import AS_SAVED
 from crosslayer.models.load import LoadedModel
-from crosslayer.verbs.arguments import Loading, OtherModel, Run, check_positive, load_run
+from crosslayer.verbs.arguments import OtherModel, Run, RunLoading, check_positive, load_run
 from crosslayer.verbs.scoring import SCORE, Truth, score
 from crosslayer.verbs.suppress_tables import suppress_tables
 
@@ -50,7 +50,7 @@ def suppress(
     batch_prompts: Annotated[int, arg(help="Prompts in one pass.")] = Protocol.batch_prompts,
     again: Annotated[bool, arg(help="Test once more what was tested with other settings; the files count it.")] = False,
     model: OtherModel = None,
-    loading: Loading = AS_IT_IS,
+    loading: RunLoading = AS_SAVED,
 ) -> None:
     """Suppress hallucination: ablate features of the original model, its errors kept, as far as little is lost.
 
@@ -60,7 +60,7 @@ def suppress(
     """
     check_positive(control_images=control_images, batch_prompts=batch_prompts)
     coder, loaded = load_run(run, model, loading)
-    other = None if beside is None else CrossLayerTranscoder.load(beside).requires_grad_(False)
+    other = None if beside is None else CrossLayerTranscoder.load(beside, offload=loading.offload).requires_grad_(False)
     features = () if circuit is None else read_features(circuit)
     if not (out / RESPONSES).exists():
         score(

@@ -13,8 +13,8 @@ from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Example
 from crosslayer.errors import UserError
 from crosslayer.formats.circuit_tracer_graph import write_circuit_tracer_graph
-from crosslayer.model_options import AS_IT_IS
-from crosslayer.verbs.arguments import Loading, OtherModel, Overwrite, Plain, Run, load_run
+from crosslayer.model_options import AS_SAVED
+from crosslayer.verbs.arguments import OtherModel, Overwrite, Plain, Run, RunLoading, load_run
 from crosslayer.verbs.checking import check_paths, checked_on
 
 
@@ -50,7 +50,7 @@ def graph(
     circuit_tracer: Annotated[Path | None, arg(help="Folder for the pruned graph in circuit-tracer's form.")] = None,
     model: OtherModel = None,
     overwrite: Overwrite = False,
-    loading: Loading = AS_IT_IS,
+    loading: RunLoading = AS_SAVED,
 ) -> None:
     """Trace which image patches and words led to a token, through which features: exact, and shown as a page.
 
@@ -83,7 +83,7 @@ def graph(
     if check:
         checked = [(coder, found)]
         if beside is not None:
-            other = CrossLayerTranscoder.load(beside)
+            other = CrossLayerTranscoder.load(beside, offload=loading.offload)
             checked.append((other, attribute(loaded, other, prompt, image, **settings, run=beside)))
         print(f"\n{checked_on(loaded, checked, Example('prompt', prompt, response, image=image, form=form), out)}")
 

@@ -31,7 +31,7 @@ def writes(
     directions = unembedding if norm is None else unembedding * norm.detach().float()
 
     def written(layer: int, feature: int) -> Sequence[str]:
-        write = coder.W_dec[coder.sources.index(layer)][feature].detach().float().sum(0)
+        write = coder.W_dec[coder.sources.index(layer)][feature].detach().to(directions).sum(0)
         return [words[int(i)] for i in (directions @ write).topk(n).indices.tolist()]
 
     return written
