@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from crosslayer.data.examples import Example, Examples
 from crosslayer.errors import UserError
 from crosslayer.models.chat import Text, write
+from crosslayer.models.pixels import in_one_pass
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _process(processor: Any, texts: list[Text], pictures: list[Image.Image], pla
     written = [text.text.removeprefix(bos) if text.complete else text.text for text in texts]
     try:
         images = [[picture] for picture in pictures]
-        inputs = processor(text=written, images=images, padding=True, return_tensors="pt")
+        inputs = in_one_pass(processor)(text=written, images=images, padding=True, return_tensors="pt")
     except (ValueError, TypeError, IndexError, RuntimeError, ZeroDivisionError) as error:
         if len(texts) == 1:
             reason = " ".join(str(error).split())[:200]
