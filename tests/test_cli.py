@@ -121,6 +121,7 @@ def test_what_a_graph_cannot_be_made_of_is_said_in_one_line(run, traced_run, lla
     refused("--target", "cat dog", words="is 2 tokens")
     refused("--target", "feature 3/1 @ 2", words="none of layer 3")
     refused("--target", "feature 1/1 @ 40", words="position 40 is none of")
+    refused("--target", "feature 1/1 @ 2", "--check", words="effects on logits|names a feature")
     refused("--token", 1, words="token is 1, but the answer has 1")
     refused("--pool-patches", 2, words="no image patches to pool")
     refused("--max-positions", 0, words="budget of positions is 0")

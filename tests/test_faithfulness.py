@@ -176,3 +176,8 @@ def test_what_cannot_be_checked_is_refused(bundled):
     bare = graph.keep(np.zeros(len(graph.nodes), bool), np.ones(len(graph.weight), bool))
     with pytest.raises(UserError, match="the graph has 0 features; a check by ablating them needs at least 3"):
         faithfulness(*bundled, bare, batch)
+    vector = torch.randn(len(bundled[0].processor.tokenizer))
+    for label in ("says cat", "cat"):
+        probe = xl.Target(label=label, vector=vector, position=-1)
+        with pytest.raises(UserError, match=f"target '{label}' is a direction of your own"):
+            faithfulness(*bundled, xl.attribute(*bundled, PROMPT, targets=[probe]), batch)

@@ -12,12 +12,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from crosslayer.attribution.columns import Columns
 from crosslayer.attribution.forecast import check_memory, forecast
 from crosslayer.attribution.graph import AttributionGraph
 from crosslayer.attribution.influence import Edges, influence
 from crosslayer.attribution.inputs import Inputs, added, inputs_of
 from crosslayer.attribution.node import Node
 from crosslayer.attribution.parts import Parts, split
+from crosslayer.attribution.rising import Rising, middle_of
 from crosslayer.attribution.rows import Rows, feature_rows, rows_of
 from crosslayer.attribution.targets import Target, checked, feature_target, is_feature, named, salient, weighted
 from crosslayer.coders.transcoder import CrossLayerTranscoder
@@ -116,6 +118,8 @@ def attribute(
         likely = {"probability": probability, "at_most": at_most}
         chosen = [made for at in places for made in salient(local.logits[0, at].detach(), tokenizer, at, **likely)]
     growing = _Growing(local, parts, inputs, chosen)
+    if not growing.limited(limits):
+        growing.rise()
     growing.add_targets()
     growing.add_features(limits)
     return growing.graph(prompt, batch, tokenizer, model.id, run)
@@ -154,21 +158,22 @@ class _Growing:
         self.local, self.parts, self.inputs, self.targets = local, parts, inputs, targets
         self.nodes: list[Node] = []
         cell, entering = inputs.cell, inputs.nodes
-        self.at_stream = self._place(entering)[cell]
-        self.at_between = {
-            layer: self._place([added(layer, node) for node in entering])[cell] for layer in local.between
-        }
-        self.at_biases = self._place([Node(kind="bias", layer=layer if layer < L else None) for layer in range(L + 1)])
-        self.at_features = self._place_features(parts.below(top))
-        self.at_errors = torch.stack(
-            [self._place([_error(layer, node) for node in entering])[cell] for layer in range(L)]
+        self.at = Columns(
+            self._place(entering)[cell],
+            {layer: self._place([added(layer, node) for node in entering])[cell] for layer in local.between},
+            self._place([Node(kind="bias", layer=layer if layer < L else None) for layer in range(L + 1)]),
+            self._place_features(parts.below(top)),
+            torch.stack([self._place([_error(layer, node) for node in entering])[cell] for layer in range(L)]),
         )
         self.at_targets = self._place([target.node for target in targets])
         self.position = torch.tensor([-1 if node.position is None else node.position for node in self.nodes])
         self.preactivation = torch.full((len(self.nodes),), float("nan"))
+        parts_of_it = (parts.active.preactivations + parts.active.bias)[: len(self.at.features)].cpu()
+        self.whole = parts_of_it.new_zeros(len(self.nodes)).index_add_(0, self.at.features, parts_of_it)
         self.target_weight = torch.zeros(len(self.nodes))
         self.target_weight[self.at_targets] = torch.tensor(weighted(targets))
         self.edges: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.risen: Rising | None = None
 
     def _place(self, nodes: Sequence[Node]) -> Int[Tensor, " n"]:
         """Add nodes; where they are."""
@@ -187,6 +192,22 @@ class _Growing:
             nodes.append(Node(kind="feature", layer=layer, feature=feature, activation=activation, **at))
         return self._place(nodes)[which]
 
+    def rise(self) -> None:
+        """Add the rows of the lower layers, so that others need to be carried down to one in the middle alone."""
+        last = self.local.n_layers - 1
+        highest = min(last if target.layer is None else target.layer for target in self.targets)
+        middle = middle_of(self.local, self.parts, self.at, highest, BATCH_BYTES)
+        if middle:
+            self.risen = Rising(self.local, self.parts, self.at, middle, len(self.nodes), BATCH_BYTES)
+            for read in self.risen.rows():
+                self._keep(read.targets, read.edges.cpu(), read.sources)
+                self.preactivation[read.targets] = self.whole[read.targets].float()
+
+    @property
+    def lowest(self) -> int:
+        """The layer that rows are carried down to."""
+        return 0 if self.risen is None else self.risen.middle
+
     def add_targets(self) -> None:
         """Add the rows of the targets, those of one place together."""
         at = [(target.layer, target.position) for target in self.targets]
@@ -201,17 +222,25 @@ class _Growing:
         else:
             sources = self.local.into_reads(torch.full((n,), layer), torch.full((n,), position), vectors)
             output = self.local.reads[layer]
-        rows, bias = rows_of(self.local, self.parts, sources), torch.tensor([self.targets[k].bias for k in mine])
+        bias = torch.tensor([self.targets[k].bias for k in mine])
+        rows = rows_of(self.local, self.parts, sources, self.lowest)
         rows.biases[:, self.local.n_layers if layer is None else layer] += bias.to(rows.biases)
         value = vectors.to(output) @ output[0, position] + bias.to(output)
         self._add(rows, self.at_targets[mine], value)
 
+    def limited(self, budget: Budget) -> bool:
+        """Whether not all features get a row."""
+        features = self.at.features.unique()
+        limits = ((budget.features, len(features)), (budget.positions, len(self.position[features].unique())))
+        return budget.seconds is not None or any(limit is not None and limit < n for limit, n in limits)
+
     def add_features(self, budget: Budget) -> None:
         """Add the rows of features, the most influential first where not all get one."""
-        started, done, left = time.monotonic(), 0, self.at_features.unique()
+        features = self.at.features.unique()
+        started, done, left = time.monotonic(), 0, features[self.preactivation[features].isnan()]
         wanted, positions = min(budget.features or len(left), len(left)), self.position[left].unique()
         n_open = min(budget.positions or len(positions), len(positions))
-        limited = wanted < len(left) or n_open < len(positions) or budget.seconds is not None
+        limited = self.limited(budget)
         rounds, opened = (ROUNDS, positions[:0]) if limited else (1, positions)
         with tqdm(total=wanted, unit="row", desc="graph", disable=None, leave=False) as bar:
             while done < wanted and (budget.seconds is None or time.monotonic() - started < budget.seconds):
@@ -247,24 +276,24 @@ class _Growing:
         return torch.from_numpy(influence(edges, self.target_weight.double().numpy()).node)
 
     def _add_rows_of(self, chosen: Int[Tensor, " C"]) -> None:
-        active, mine = self.parts.active, torch.isin(self.at_features, chosen).nonzero().squeeze(1)
-        nodes, row = self.at_features[mine].unique(return_inverse=True)
-        parts = (active.preactivations[mine] + active.bias[mine]).cpu()
-        whole = parts.new_zeros(len(nodes)).index_add_(0, row, parts)
-        for some, rows in feature_rows(self.local, self.parts, mine, BATCH_BYTES, row):
-            self._add(rows, nodes[some], whole[some])
+        mine = torch.isin(self.at.features, chosen).nonzero().squeeze(1)
+        nodes, row = self.at.features[mine].unique(return_inverse=True)
+        for some, rows in feature_rows(self.local, self.parts, mine, BATCH_BYTES, row, self.lowest):
+            self._add(rows, nodes[some], self.whole[nodes[some]])
 
     def _add(self, rows: Rows, places: Tensor, preactivations: Tensor) -> None:
         """Add the rows of the nodes at `places`: what comes from one node summed up, exact zeros left out."""
-        columns = [self.at_stream, *(self.at_between[layer] for layer in rows.between), self.at_biases]
-        columns += [self.at_features, self.at_errors.flatten()]
-        features = rows.features[:, : len(self.at_features)]
-        values = [rows.stream, *rows.between.values(), rows.biases, features, rows.errors.flatten(1)]
-        whole = torch.cat(values, 1).cpu()
-        by_node = whole.new_zeros(len(whole), len(self.nodes)).index_add_(1, torch.cat(columns), whole)
-        row, column = by_node.nonzero(as_tuple=True)
-        self.edges.append((places[row].int(), column.int(), by_node[row, column]))
+        by_node = self.at.by_node(rows, len(self.nodes))
+        if self.risen is not None:
+            by_node += self.risen.met(rows.entry).cpu()
+        self._keep(places, by_node)
         self.preactivation[places] = preactivations.float().cpu()
+
+    def _keep(self, targets: Int[Tensor, " R"], weights: Float[Tensor, "R S"], sources: Tensor | None = None) -> None:
+        """Keep edges that are not exactly zero; from all nodes, or from some."""
+        row, column = weights.nonzero(as_tuple=True)
+        source = column if sources is None else sources[column]
+        self.edges.append((targets[row].int(), source.int(), weights[row, column]))
 
     def graph(self, prompt: str, batch: Batch, tokenizer: Any, model: str, run: str) -> AttributionGraph:
         """What has grown, which then lives on in the graph alone."""
@@ -288,7 +317,7 @@ class _Growing:
 
     def _left_out(self) -> str:
         """What got no row, in words; nothing when all did."""
-        features = self.at_features.unique()
+        features = self.at.features.unique()
         have = self.preactivation[features].isfinite()
         if have.all():
             return ""

@@ -16,6 +16,7 @@ Axes: N nodes, V vocabulary, P positions, D d_model, L layers.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,6 +43,8 @@ from crosslayer.replacement.where import Positions
 
 LEAST = 3
 """Features that a rank correlation needs."""
+SAME = 1e-3
+"""Part of the largest logit that a target may be off when it is computed anew from its label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +124,8 @@ def faithfulness(
     chosen = _most_influential(graph, features)
     local = trace(model, coder, batch)
     targets, place = _targets(graph)
-    vectors = torch.stack([_vector(graph.nodes[t], local.logits[0, place].detach(), model) for t in targets])
+    logits = local.logits[0, place].detach()
+    vectors = torch.stack([_vector(graph, t, logits, model) for t in targets])
     weights, main = graph.target_weight[targets].to(vectors), 0
     nodes = [graph.nodes[i] for i in chosen]
     live = _effects(model, coder, batch, nodes, place) @ vectors.T
@@ -193,15 +197,23 @@ def _targets(graph: AttributionGraph) -> tuple[list[int], int]:
     return here, main.position
 
 
-def _vector(node: Node, logits: Float[Tensor, " V"], model: LoadedModel) -> Float[Tensor, " V"]:
-    """The direction of the logits that a target stands for."""
-    if node.vocab is None:
-        return named(
-            node.label, logits, getattr(model.processor, "tokenizer", model.processor), node.position or 0
-        ).vector
-    vector = torch.full_like(logits, -1 / len(logits))
-    vector[node.vocab] += 1
-    return vector
+def _vector(graph: AttributionGraph, target: int, logits: Float[Tensor, " V"], model: LoadedModel) -> Tensor:
+    """The direction of the logits that a target stands for; a graph does not keep it, but tokens tell it."""
+    node, found = graph.nodes[target], None
+    if node.vocab is not None:
+        found = torch.full_like(logits, -1 / len(logits))
+        found[node.vocab] += 1
+        return found
+    with suppress(UserError):
+        tokenizer = getattr(model.processor, "tokenizer", model.processor)
+        found = named(node.label, logits, tokenizer, node.position or 0).vector
+    value = graph.preactivation[target].item()
+    if found is None or abs((found @ logits).item() - value) > SAME * logits.abs().max().item():
+        raise UserError(
+            f"target {node.label!r} is a direction of your own, which a graph does not keep; "
+            "to check a graph, let its targets be tokens or weighted sums of tokens"
+        )
+    return found
 
 
 def _ablations(nodes: Sequence[Node]) -> list[list[Intervention]]:

@@ -28,7 +28,7 @@ class Forecast:
     parts: int
     """On the model's device: what each active feature writes to each of its targets, and errors."""
     gradients: int
-    """There too: a batch of rows on their way back through the layers."""
+    """There too: a batch of rows on their way back through the layers, and what has risen to meet them."""
     edges: int
     """In main memory."""
 
@@ -62,7 +62,7 @@ def forecast(
         parts += len(features) * (len(coder.wiring.targets(source)) + 1) * D * size
         nodes = torch.stack([cell[positions.cpu()], features.cpu()], 1).unique(dim=0)
         counts[i] = torch.bincount(nodes[:, 0], minlength=counts.shape[1])
-    gradients = 3 * max(batch_bytes, row_bytes(local, local.stream.shape[1]))
+    gradients = 3 * max(batch_bytes, row_bytes(local, local.stream.shape[1])) + batch_bytes
     n_edges = _most_edges(counts, _row_lengths(counts, coder), max_features, max_positions)
     return Forecast(parts=parts, gradients=gradients, edges=int(n_edges * EDGE_BYTES))
 

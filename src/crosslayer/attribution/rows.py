@@ -8,7 +8,7 @@ Axes: P positions, Q positions that a batch of rows can see, R rows, L layers, D
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -39,6 +39,8 @@ class Rows:
     features: Float[Tensor, "R A"]
     """As in `Parts.active`; 0 for those that cannot reach the target."""
     errors: Float[Tensor, "R L P"]
+    entry: Float[Tensor, "R Q D"]
+    """Per unit of what enters the lowest layer that they were carried to."""
 
     def total(self) -> Float[Tensor, " R"]:
         """The sum of each row."""
@@ -47,8 +49,8 @@ class Rows:
 
 
 @torch.no_grad()
-def rows_of(local: LocalReplacement, parts: Parts, sources: Sources) -> Rows:
-    """The contributions to targets whose `sources` are known."""
+def rows_of(local: LocalReplacement, parts: Parts, sources: Sources, lowest: int = 0) -> Rows:
+    """The contributions to targets whose `sources` are known, of those at the lowest layer and above it."""
     R, (L, P), like = sources.n_rows, parts.errors.shape[:2], local.stream
     rows = Rows(
         like.new_zeros(R, P),
@@ -56,6 +58,7 @@ def rows_of(local: LocalReplacement, parts: Parts, sources: Sources) -> Rows:
         like.new_zeros(R, L + 1),
         like.new_zeros(R, parts.n_features),
         like.new_zeros(R, L, P),
+        like.new_zeros(R, 0, like.shape[2]),
     )
     for step in sources.steps:
         for layer, found in step.biases.items():
@@ -66,6 +69,9 @@ def rows_of(local: LocalReplacement, parts: Parts, sources: Sources) -> Rows:
             _add_entering(step.entry, local.between[step.layer][0], rows.between[step.layer])
         if step.layer == 0:
             _add_entering(step.entry, local.stream[0], rows.stream)
+        if step.layer == lowest:
+            rows = replace(rows, entry=step.entry)
+            break
     rows.features[:, parts.by_position] = rows.features.clone()
     return rows
 
@@ -93,6 +99,7 @@ def feature_rows(
     chosen: Int[Tensor, " C"],
     most_bytes: int,
     row: Int[Tensor, " C"] | None = None,
+    lowest: int = 0,
 ) -> Iterator[tuple[Int[Tensor, " R"], Rows]]:
     """The rows of some active features in batches, each with the numbers of its rows.
 
@@ -103,13 +110,14 @@ def feature_rows(
         most_bytes: what the gradients of one batch may take.
         row: which row each is part of, from 0 on; a row is the sum of its features' own, which are all of one layer. By
             default each has its own.
+        lowest: the layer that they are carried down to; none may be of an earlier one.
     """
     active = parts.active
     row = torch.arange(len(chosen)) if row is None else row
     n_rows = int(row.max()) + 1 if len(row) else 0
     layers = torch.zeros(n_rows, dtype=torch.int64).index_put_((row,), active.layers[chosen].cpu())
     last = torch.zeros_like(layers).scatter_reduce_(0, row, active.positions[chosen].cpu(), "amax")
-    for batch in _batches(last.tolist(), partial(row_bytes, local), most_bytes):
+    for batch in batches(last.tolist(), partial(row_bytes, local), most_bytes):
         some = torch.tensor(batch)
         some = some[layers[some].argsort(descending=True, stable=True)]
         place = torch.full_like(layers, -1).index_put_((some,), torch.arange(len(some)))[row]
@@ -117,7 +125,7 @@ def feature_rows(
         entries = entries[place[entries].argsort(stable=True)]
         mine, place = chosen[entries], place[entries].to(active.bias.device)
         sources = local.into_reads(layers[some], active.positions[mine], active.directions[mine], place)
-        rows = rows_of(local, parts, sources)
+        rows = rows_of(local, parts, sources, lowest)
         rows.biases.index_put_((place, active.layers[mine]), active.bias[mine], accumulate=True)
         yield some, rows
 
@@ -127,7 +135,7 @@ def row_bytes(local: LocalReplacement, n_positions: int) -> int:
     return n_positions * (local.stream[0, 0].nbytes * COPIES + 2 * local.n_heads * n_positions * local.stream.itemsize)
 
 
-def _batches(last: list[int], bytes_of: Callable[[int], int], most_bytes: int) -> Iterator[list[int]]:
+def batches(last: list[int], bytes_of: Callable[[int], int], most_bytes: int) -> Iterator[list[int]]:
     """Rows of like last positions together, the last first: a batch carries all that its last row can see."""
     batch, end, in_vain = list[int](), 0, 0
     for row in sorted(range(len(last)), key=lambda row: -last[row]):

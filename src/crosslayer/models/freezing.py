@@ -41,6 +41,12 @@ class Frozen(TorchFunctionMode):
             raise RuntimeError(f"a frozen pass used {self._place} factors of {len(self._factors)}")
         self._recorded = True
 
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "Frozen":
+        """For passes with every recorded factor changed, as for some of the positions."""
+        other = Frozen()
+        other._factors, other._recorded = [change(factor) for factor in self._factors], True
+        return other
+
     def factor(self, make: Callable[[], Tensor]) -> Tensor:
         """The next factor: made in the first pass, the same again in later ones."""
         if not self._recorded:

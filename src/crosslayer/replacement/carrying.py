@@ -68,8 +68,8 @@ class Call:
 
 
 @dataclass
-class _Run:
-    """One frozen layer's graph on the first positions."""
+class Run:
+    """One frozen layer's graph on some positions."""
 
     entry: Tensor
     write: Tensor
@@ -121,7 +121,7 @@ class Layers:
         whole = max(n, len(layers))
         for layer in range(step.layer - 1, -1, -1):
             run, end = self._run(layer, ahead.shape[1]), n + layers.count(layer)
-            size = min(whole, -(-end * SIZES // whole) * whole // SIZES + 1)
+            size = padded(end, whole)
             ahead = pad(ahead, (0, 0, 0, run.entry.shape[1] - ahead.shape[1], 0, size - len(ahead)))
             mine = (row >= n) & (row < end)
             joining = torch.zeros_like(ahead) if end > n else ahead[:0]
@@ -132,26 +132,31 @@ class Layers:
             ahead, n = step.entry, end
             yield Step(layer, step.write, ahead[:n], {at: found[:n] for at, found in step.biases.items()})
 
-    @torch.enable_grad()
-    def _run(self, layer: int, n_positions: int) -> _Run:
+    def _run(self, layer: int, n_positions: int) -> Run:
         """A layer's graph on the first positions; on all where it cannot be cut there."""
         call, whole = self.calls[layer], self.calls[layer].entry.shape[1]
         if n_positions < whole and layer not in self.uncut:
             try:
-                run = self._forward(layer, n_positions)
+                run = self.forward(layer, slice(0, n_positions), Frozen())
             except RuntimeError:  # an axis of another meaning has as many places as the prompt positions
                 run = None
             if run is not None and _reproduces(run, call):
                 return run
             self.uncut.add(layer)
-        return self._forward(layer, whole)
+        return self.forward(layer, slice(0, whole), Frozen())
 
-    def _forward(self, layer: int, n_positions: int) -> _Run:
+    @torch.enable_grad()
+    def forward(self, layer: int, places: slice, frozen: Frozen) -> Run:
+        """A layer's graph on some positions.
+
+        Raises:
+            RuntimeError: when it cannot be cut there, though not always.
+        """
         call, site = self.calls[layer], self.model.sites.layers[layer]
-        entry, write = (_leaf(tensor[:, :n_positions]) for tensor in (call.entry, call.write))
+        entry, write = (_leaf(tensor[:, places]) for tensor in (call.entry, call.write))
         names = [name for name, _ in site.layer.named_parameters() if name.rpartition(".")[2].endswith("bias")]
-        run = _Run(entry, write, {name: _leaf(site.layer.get_parameter(name)) for name in names})
-        args, kwargs = tree_map(lambda value: _cut(value, call.entry.shape[1], n_positions), (call.args, call.kwargs))
+        run = Run(entry, write, {name: _leaf(site.layer.get_parameter(name)) for name in names})
+        args, kwargs = tree_map(lambda value: cut(value, call.entry.shape[1], places), (call.args, call.kwargs))
         alone = replace(self.model.sites, layers=(site,))
 
         def read(_: int, x: Tensor) -> None:
@@ -167,11 +172,16 @@ class Layers:
             changing([site.layer], lambda *_: entry.clone()),  # a copy, as some models add to it in place
             reading(alone, read),
             replacing(alone, written),
-            Frozen().forward_pass(),
+            frozen.forward_pass(),
         ):
             output = functional_call(site.layer, run.biases, args, dict(kwargs))
         run.output = output if isinstance(output, Tensor) else output[0]
         return run
+
+
+def padded(n: int, whole: int) -> int:
+    """How many rows stand for the n of all that have joined so far: one of SIZES sizes."""
+    return min(whole, -(-n * SIZES // whole) * whole // SIZES + 1)
 
 
 def skipped(coder: CrossLayerTranscoder, layer: int, x: Tensor) -> dict[int, Tensor]:
@@ -191,7 +201,7 @@ def pull(outputs: Mapping[Tensor, Float[Tensor, "R ..."]], leaves: list[Tensor])
     return [leaf.new_zeros(n, *leaf.shape) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
 
 
-def _back(layer: int, run: _Run, n: int, ahead: Tensor, joining: Tensor, passed: Mapping[int, Tensor]) -> Step:
+def _back(layer: int, run: Run, n: int, ahead: Tensor, joining: Tensor, passed: Mapping[int, Tensor]) -> Step:
     outputs: dict[Tensor, Tensor] = {}
     if n:
         outputs[run.output] = ahead[:, None].to(run.output)
@@ -213,18 +223,21 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_()
 
 
-def _cut(value: Any, whole: int, n: int) -> Any:
-    """A tensor's first places along every axis that has as many as the prompt positions."""
+def cut(value: Any, whole: int, places: slice) -> Any:
+    """Some places of a tensor along every axis that has as many as the prompt positions."""
     if isinstance(value, Tensor):
-        for axis, size in enumerate(value.shape):
-            value = value.narrow(axis, 0, n) if size == whole else value
+        return value[tuple(places if size == whole else slice(None) for size in value.shape)]
     return value
 
 
-def _reproduces(run: _Run, call: Call) -> bool:
-    tolerance = PREFIX.get(call.entry.dtype, 2e-2)
+def _reproduces(run: Run, call: Call) -> bool:
     pairs = ((run.read, call.read), (run.output, call.output))
-    return all(gap(found, wanted[:, : found.shape[1]]) <= tolerance for found, wanted in pairs)
+    return all(same(found, wanted[:, : found.shape[1]]) for found, wanted in pairs)
+
+
+def same(found: Tensor, wanted: Tensor) -> bool:
+    """Whether a layer on some positions gives what it gives on all."""
+    return gap(found, wanted) <= PREFIX.get(wanted.dtype, 2e-2)
 
 
 def gap(found: Tensor, wanted: Tensor) -> float:

@@ -9,6 +9,7 @@ from crosslayer.attribution.attribute import Budget, attribute
 from crosslayer.attribution.figure import write_figure
 from crosslayer.attribution.graph import AttributionGraph
 from crosslayer.attribution.summary import summary
+from crosslayer.attribution.targets import is_feature
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Example
 from crosslayer.errors import UserError
@@ -63,6 +64,8 @@ def graph(
         raise UserError(f"--beside {beside} is given without --check; add it")
     if check and pool_patches is not None:
         raise UserError(f"--check ablates single features, --pool-patches {pool_patches} pools them; leave one out")
+    if check and any(map(is_feature, target)):
+        raise UserError("--check measures effects on logits, and --target names a feature; leave one out")
     for path in (out, page, *(check_paths(out) if check else ())):
         if path.exists() and not overwrite:
             raise UserError(f"{path}: already exists; choose another name or add --overwrite")
