@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask the hub
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from transformers import (
 from crosslayer import LoadedModel, load_model
 from crosslayer.zoo.emoji_llava.architecture import IMAGE_TOKENS, POSITIONS, WORDS, processor, tokenizer
 from crosslayer.zoo.emoji_llava.scene import CELL, SIZE
+from ranks import Ranks
 
 PAD, BOS, EOS = (WORDS.index(word) for word in ("<pad>", "<s>", "</s>"))
 
@@ -99,3 +101,11 @@ def llava(llava_folder: Path) -> LoadedModel:
 @pytest.fixture(scope="session")
 def llama(llama_folder: Path) -> LoadedModel:
     return load_model(llama_folder)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes that stand for the ranks of a job."""
+    processes = Ranks()
+    yield processes
+    processes.close()

@@ -254,7 +254,7 @@ def test_loss_that_is_no_number_names_the_layer_and_keeps_the_last_good_state(tr
 
     def poisoned(self, batch):
         if self.step_number == 2:
-            batch.y[:, 1] = torch.nan
+            batch.tokens.y[:, 1] = torch.nan
         return step(self, batch)
 
     monkeypatch.setattr(Trainer, "step", poisoned)

@@ -52,6 +52,7 @@ from crosslayer.coders.decoders import DECODERS
 from crosslayer.coders.sparsity import KINDS
 from crosslayer.coders.transcoder import Provenance
 from crosslayer.replacement.end_to_end import EndToEnd
+from crosslayer.team import Group
 from crosslayer.training.losses import LOSSES
 from crosslayer.training.objective import Reconstruction
 from crosslayer.training.optimizers import OPTIMIZERS
@@ -401,9 +402,9 @@ def test_a_model_whose_features_are_all_silent_generates_from_the_biases(llama, 
 def test_scales_are_those_of_a_whole_chunk(llama, tmp_path, monkeypatch):
     seen = []
 
-    def remember(activations: Activations):
+    def remember(activations: Activations, tokens: Group):
         seen.append(activations)
-        return estimate_scales(activations)
+        return estimate_scales(activations, tokens)
 
     source = partial(ModelSource, chunk_prompts=60)
     monkeypatch.setattr(workflow, "ModelSource", source)

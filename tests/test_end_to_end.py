@@ -42,6 +42,7 @@ from crosslayer.models.prompts import Batch
 from crosslayer.replacement.end_to_end import EndToEnd
 from crosslayer.training.fit import Interrupted
 from crosslayer.training.objective import Outcome, Reconstruction, layer_fvu
+from crosslayer.training.part import Part
 from crosslayer.training.scales import estimate_scales
 from crosslayer.training.state import METRICS, STATE
 from crosslayer.training.stream import Place, shuffled_batches
@@ -169,7 +170,7 @@ def test_the_parts_of_the_loss_are_weighted_and_sum_to_it(llama, loss, fvu_weigh
     coder, settings = made(torch.float, sparsity=ReLU(0.1)), loss(weight=0.5, fvu_weight=fvu_weight)
     found = outcome(llama, coder, settings)
     activations, _ = capture_batch(llama, prepared(llama))
-    inner = objective(llama, settings).reconstruction(coder, activations[usable(activations).keep], 1.0, ALIVE)
+    inner = objective(llama, settings).reconstruction(coder, Part.of(activations[usable(activations).keep]), 1.0, ALIVE)
     assert found.terms.keys() == {"fvu", "penalty", TERMS[loss]}
     torch.testing.assert_close(found.loss, sum(found.terms.values()))
     torch.testing.assert_close(found.terms["penalty"], inner.terms["penalty"])
@@ -349,7 +350,7 @@ def finetuned(model: LoadedModel, out: Path, start: Path, **settings) -> CrossLa
 def test_finetuning_starts_at_the_runs_own_function(llama, start, tmp_path):
     old, source = CrossLayerTranscoder.load(start), workflow.ModelSource(llama, text_examples(40))
     scales = estimate_scales(source.chunk(0))
-    batch = next(shuffled_batches(source, config().batch_tokens, 0, Place())).batch
+    batch = next(shuffled_batches(source, config().batch_tokens, 0, Place())).batch.tokens
     fvu = layer_fvu(batch.y, old(batch.x), scales.output_variance).mean().item()
     found = finetuned(llama, tmp_path, start, **STILL)
     assert logged(tmp_path)[0]["fvu"] == pytest.approx(fvu, rel=1e-5)

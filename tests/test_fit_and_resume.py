@@ -28,7 +28,7 @@ from crosslayer.activations.record import Activations
 from crosslayer.files import read_tensors
 from crosslayer.training.fit import Interrupted, fit
 from crosslayer.training.scales import estimate_scales
-from crosslayer.training.state import METRICS, STATE, load_state
+from crosslayer.training.state import METRICS, STATE, StateFile, load_state
 from crosslayer.training.stream import Place, shuffled_batches
 from crosslayer.training.trainer import Trainer
 from making import Watched, no_file_larger_than, random_activations, text_examples
@@ -87,7 +87,7 @@ def fitted(coach: Trainer, run: Path, place: Place | None = None, source=None, s
     run.mkdir(exist_ok=True)
     place = place or Place()
     batches = shuffled_batches(source or Chunks(), SETTINGS.batch_tokens, SETTINGS.seed, place)
-    fit(coach, batches, place, run, CONTEXT, checkpoint_seconds=seconds)
+    fit(coach, batches, place, run, StateFile(run, CONTEXT), checkpoint_seconds=seconds)
     return run
 
 

@@ -19,6 +19,7 @@ FLOORS = (
     {"demo"},
     {"hallucination"},
     {"workflow", "planning"},
+    {"distributed"},
     {"evaluation", "answering"},
     {"attribution", "formats.circuit_tracer_graph"},
     {"replacement"},
@@ -29,7 +30,7 @@ FLOORS = (
     {"models"},
     {"data"},
     {"zoo"},
-    {"wiring", "metrics", "files", "mapped", "memory", "variants", "errors", "drawing"},
+    {"wiring", "metrics", "files", "mapped", "memory", "variants", "team", "errors", "drawing"},
 )
 """From top to bottom: a module imports from its own floor and from those below. A file of a package that stands
 elsewhere than the package is named for itself."""

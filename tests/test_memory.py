@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from statistics import median
 
 import pytest
 import torch
@@ -18,5 +19,5 @@ def test_a_large_tensor_made_again_faults_no_pages():
         torch.zeros(12_000_000).sum()
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    faults()
-    assert faults() < 100  # 48 MB are 12,000 pages
+    counts = [faults() for _ in range(11)]
+    assert median(counts) < 100  # 48 MB are 12,000 pages; what else was freed before decides how soon a place is found

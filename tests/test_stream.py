@@ -26,7 +26,7 @@ def take(n: int, place: Place | None = None, seed: int = 0) -> list:
 
 
 def tokens(batches) -> list[int]:
-    return torch.cat([batch.batch.sample for batch in batches]).tolist()
+    return torch.cat([batch.batch.tokens.sample for batch in batches]).tolist()
 
 
 def test_the_source_is_one():
@@ -43,24 +43,24 @@ def test_any_place_continues_the_uninterrupted_stream():
 
 def test_a_chunk_loses_only_what_is_not_usable():
     chunk = Chunks().chunk(0)
-    batches = [batch for batch in take(8) if batch.batch.sample[0] < 1000]
+    batches = [batch for batch in take(8) if batch.batch.tokens.sample[0] < 1000]
     assert sorted(tokens(batches)) == chunk.sample[usable(chunk).keep].tolist()
-    assert {len(batch.batch) for batch in batches} <= {10, 11}
+    assert {len(batch.batch.tokens) for batch in batches} <= {10, 11}
     assert batches[-1].following == Place(chunk=1)
 
 
 def test_batches_carry_their_tokens_whole():
-    chunk, batch = Chunks().chunk(0), take(1)[0].batch
+    chunk, batch = Chunks().chunk(0), take(1)[0].batch.tokens
     rows = chunk[batch.sample]
     assert all(torch.equal(getattr(rows, name), value) for name, value in vars(batch).items())
 
 
 def test_what_is_left_out_is_counted_once_a_chunk():
     batches = take(8)
-    of_first = [batch for batch in batches if batch.batch.sample[0] < 1000]
+    of_first = [batch for batch in batches if batch.batch.tokens.sample[0] < 1000]
     assert sum(batch.n_first for batch in of_first) == 7
     assert sum(batch.n_outliers for batch in of_first) == 1
-    assert sum(len(batch.batch) for batch in of_first) == 50 - 7 - 1
+    assert sum(len(batch.batch.tokens) for batch in of_first) == 50 - 7 - 1
 
 
 def test_seeds_and_chunks_have_orders_of_their_own():

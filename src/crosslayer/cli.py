@@ -9,6 +9,7 @@ import tyro
 
 from crosslayer.eleuther_options import translate
 from crosslayer.errors import UserError
+from crosslayer.team import LostError
 from crosslayer.verbs.aggregating import aggregate
 from crosslayer.verbs.exchange import export, import_
 from crosslayer.verbs.gathering import capture, respond, store
@@ -52,6 +53,9 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(VERBS, prog="crosslayer", description=_DESCRIPTION, args=args)
     except UserError as error:
         _stop(error, debug, 2)
+    except LostError as error:
+        print(f"crosslayer: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # an orderly end would wait for the lost one
     except KeyboardInterrupt as stop:
         _stop(stop, debug, 130)
     except BrokenPipeError:  # the reader of our output, `head` for one, has had enough

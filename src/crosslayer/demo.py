@@ -21,6 +21,7 @@ from crosslayer.models.load import LoadedModel
 from crosslayer.models.prompts import prepare
 from crosslayer.replacement.model import ReplacementModel, generate
 from crosslayer.training.config import TrainConfig
+from crosslayer.training.part import Part
 from crosslayer.training.scales import estimate_scales
 from crosslayer.training.stream import Place, shuffled_batches, usable_tokens
 from crosslayer.training.trainer import StepMetrics, Trainer
@@ -59,7 +60,7 @@ class Arm:
     log: list[StepMetrics] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
 
-    def step(self, batch: Activations) -> StepMetrics:
+    def step(self, batch: Part) -> StepMetrics:
         """One timed training step."""
         start = time.perf_counter()
         metrics = self.trainer.step(batch)

@@ -42,7 +42,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         temporary.chmod(0o644)
         os.replace(temporary, path)
     except OSError as error:
@@ -184,10 +184,14 @@ def size_text(n_bytes: int) -> str:
     return f"{n_bytes / 1024**power:.3g} {units[power]}"
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk and not in a cache only."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _is_leaving(file: Path) -> bool:
     return any(file.match(pattern) for pattern in LEAVINGS)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -11,6 +11,7 @@ from crosslayer.coders.decoders import DECODERS, read_decoder
 from crosslayer.coders.sparsity import KINDS, Sparsity, read_sparsity
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.reading import DATA_KINDS, Reading
+from crosslayer.distributed.mesh import TIMEOUT
 from crosslayer.errors import UserError
 from crosslayer.model_options import AS_IT_IS, ModelOptions
 from crosslayer.training.config import TrainConfig
@@ -116,7 +117,23 @@ class TrainOptions:
     """fp32, or bf16 for products under autocast, with fp32 weights and moments."""
     read: str = "resid"
     """What the encoders read: resid (before the MLP's norm) or mlp_in (after)."""
+    feature_ranks: int = 1
+    """Under torchrun: processes that share the features of every layer; groups of so many share the prompts."""
+    timeout: float = TIMEOUT
+    """Under torchrun: seconds to wait for another process before giving up."""
     loading: Annotated[ModelOptions, arg(name="")] = AS_IT_IS
+
+    def check_alone(self) -> None:
+        """Refuse options of a training by several processes where there is one.
+
+        Raises:
+            UserError: naming the option.
+        """
+        if self.feature_ranks != 1:
+            raise UserError(
+                f"--feature-ranks is {self.feature_ranks}, but there is one process; start as many with torchrun: "
+                f"torchrun --nproc-per-node {self.feature_ranks} -m crosslayer train ..."
+            )
 
     def check_store(self, store: Manifest) -> None:
         """Refuse a store of another model or read than the options name, and options that it has no use for.

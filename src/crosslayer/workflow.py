@@ -1,7 +1,9 @@
 """The main job from end to end: from a model and data to a trained transcoder on disk."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +12,28 @@ import torch
 from crosslayer.activations.capture import ModelSource
 from crosslayer.activations.reading import StoreSource
 from crosslayer.activations.store import Store
-from crosslayer.coders.checkpoint import CONFIG, INDEX
+from crosslayer.coders.checkpoint import CONFIG, INDEX, is_run
 from crosslayer.coders.transcoder import CrossLayerTranscoder, Provenance
 from crosslayer.data.examples import Example, Examples
 from crosslayer.data.skipped import SKIPPED
+from crosslayer.distributed.alike import check_alike, digest_of_examples, digest_of_weights, versions
+from crosslayer.distributed.checkpoint import has_checkpoint, remove
+from crosslayer.distributed.group import team_of
+from crosslayer.distributed.mesh import Mesh
+from crosslayer.distributed.sharding import check_shares, parallelise
+from crosslayer.distributed.state import CHECKPOINT, ShardedState, export_rows
 from crosslayer.errors import UserError
-from crosslayer.files import check_folder, claim_folder
+from crosslayer.files import check_folder, claim_folder, read_json
 from crosslayer.models.load import LoadedModel
 from crosslayer.replacement.end_to_end import EndToEnd
 from crosslayer.replacement.model import ReplacementModel, check_match
+from crosslayer.team import ALONE, Team, together
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.fit import fit
 from crosslayer.training.losses import FVU, KL, CrossEntropy
 from crosslayer.training.objective import Reconstruction
 from crosslayer.training.scales import Scales, estimate_scales
-from crosslayer.training.state import METRICS, STATE, load_state
+from crosslayer.training.state import METRICS, STATE, StateFile
 from crosslayer.training.stream import ChunkSource, Place, StreamBatch, prompt_batches, shuffled_batches, usable_tokens
 from crosslayer.training.trainer import Trainer
 
@@ -44,6 +53,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     checkpoint_seconds: float = 60.0,
+    mesh: Mesh | None = None,
 ) -> CrossLayerTranscoder:
     """Train a transcoder on a stream of the model's activations and save it as a run.
 
@@ -57,14 +67,16 @@ def train(
         resume: go on from the state in `out`; the result is that of an uninterrupted training.
         overwrite: replace the run that `out` holds.
         checkpoint_seconds: time between two states on disk.
+        mesh: the ranks that train together, each of which calls this; what is returned is this rank's rows.
 
     Raises:
         UserError: for settings that cannot work, and for a training that stops making sense.
         Interrupted: after Ctrl-C; the state is kept.
     """
-    source = ModelSource(model, data, seed=config.seed)
+    team = ALONE if mesh is None else team_of(mesh)
+    source = ModelSource(model, data, seed=config.seed, team=team)
     origin = Provenance(model.id, model.revision, model.sites.read)
-    job = _Job(source, origin, {"n_examples": len(data)}, model.n_layers, model.d_model, model, data)
+    job = _Job(source, origin, {"n_examples": len(data)}, model.n_layers, model.d_model, mesh, model, data)
     return _run(job, config, Path(out), start, resume, overwrite, checkpoint_seconds)
 
 
@@ -78,6 +90,7 @@ def train_from_store(
     resume: bool = False,
     overwrite: bool = False,
     checkpoint_seconds: float = 60.0,
+    mesh: Mesh | None = None,
 ) -> CrossLayerTranscoder:
     """Train a transcoder on activations from disk; no language model is needed.
 
@@ -91,10 +104,11 @@ def train_from_store(
         name = type(config.loss).__name__
         raise UserError(f"the loss is {name}, which runs the model on prompts; train on data instead of a store")
     manifest = store.manifest
-    source = StoreSource(store, config.wiring, config.seed, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = StoreSource(store, config.wiring, config.seed, device, ALONE if mesh is None else team_of(mesh))
     origin = Provenance(manifest.model or model_id, manifest.revision, manifest.read)
     context = {"store": manifest.shards[0].sha256, "n_rows": len(store)}
-    job = _Job(source, origin, context, manifest.n_layers, manifest.d_model)
+    job = _Job(source, origin, context, manifest.n_layers, manifest.d_model, mesh)
     return _run(job, config, Path(out), start, resume, overwrite, checkpoint_seconds)
 
 
@@ -108,8 +122,14 @@ class _Job:
     """What tells these data from others, for a resume."""
     n_layers: int
     d_model: int
+    mesh: Mesh | None
     model: LoadedModel | None = None
     data: Sequence[Example] | None = None
+
+    @property
+    def team(self) -> Team:
+        """Who trains together."""
+        return self.source.team
 
 
 def _run(
@@ -123,25 +143,37 @@ def _run(
 ) -> CrossLayerTranscoder:
     if config.sparsity is not None:
         config.sparsity.check(len(config.wiring.source_layers), config.width(job.d_model))
-    if not resume:
-        check_folder(run, overwrite)
+    team, is_first = job.team, job.team.everyone.rank == 0
+    check_shares(config, job.d_model, team.features.size)
+    with together(team.everyone):
+        if is_first and not resume:
+            check_folder(run, overwrite)
     source, origin = job.source, job.origin
+    _check_alike(job, config)
     context = {"model": origin.model_id, "revision": origin.revision, "read": origin.read, **job.context}
     context["start"] = None if start is None else str(start)
+    states = StateFile(run, context) if job.mesh is None else ShardedState(run, context, job.mesh)
     if resume:
-        kept = load_state(run, config, context, source.device)
+        kept = states.load(config, source.device)
         trainer = _trainer(job, config, kept.scales, start).restore(kept.tensors, kept.counters)
         place = kept.place
     else:
-        trainer, place = _trainer(job, config, estimate_scales(source.chunk(SCALE_CHUNK)), start), Place()
-        claim_folder(run, overwrite, RUN_FILES)
-    if isinstance(job.data, Examples):
-        job.data.skipped.list_in(run / SKIPPED, resume=resume)
+        scales = estimate_scales(source.chunk(SCALE_CHUNK), team.tokens)
+        trainer, place = _trainer(job, config, scales, start), Place()
+    with together(team.everyone):
+        if is_first and not resume:
+            claim_folder(run, overwrite, RUN_FILES)
+            remove(run / CHECKPOINT)
+        if is_first and isinstance(job.data, Examples):
+            job.data.skipped.list_in(run / SKIPPED, resume=resume)
     batches = _batches(source, config, place)
-    place = fit(trainer, batches, place, run, context, checkpoint_seconds=checkpoint_seconds)
+    place = fit(trainer, batches, place, run, states, checkpoint_seconds=checkpoint_seconds)
     coder = finish(origin, trainer, source, place)
-    coder.save(run)
-    (run / STATE).unlink()
+    if job.mesh is None:
+        coder.save(run)
+    else:
+        coder.save(run, partial(export_rows, job.mesh))
+    states.remove()
     return coder
 
 
@@ -157,28 +189,51 @@ def adopt(model: LoadedModel, data: Sequence[Example], coder: CrossLayerTranscod
     return coder
 
 
+def is_result_of(run: Path, config: TrainConfig) -> bool:
+    """Whether a folder holds the finished run of a training with these settings."""
+    if not is_run(str(run)) or (run / STATE).exists() or has_checkpoint(run / CHECKPOINT):
+        return False
+    made = read_json(run / CONFIG)["provenance"]["training"].get("config")
+    return made == json.loads(json.dumps(config.record()))
+
+
 def _trainer(job: _Job, config: TrainConfig, scales: Scales, start: str | Path | None) -> Trainer:
     objective = Reconstruction(scales.output_variance, config.auxk, config.dead_penalty)
     if job.model is not None and isinstance(config.loss, KL | CrossEntropy):
-        objective = EndToEnd(job.model, config.loss, objective)
+        objective = EndToEnd(job.model, config.loss, objective, job.team.tokens)
+    team = job.team
     coder = None if start is None else CrossLayerTranscoder.load(start)
     if coder is not None:
         check_match(coder, job.origin.model_id, job.n_layers, job.d_model, job.origin.read)  # before it is trained
-    trainer = Trainer(config, scales, objective, coder)
+        coder = parallelise(coder, team)
+    trainer = Trainer(config, scales, objective, coder, team)
     trainer.coder.provenance = job.origin
     return trainer
 
 
+def _check_alike(job: _Job, config: TrainConfig) -> None:
+    """Refuse to train with ranks that were given different things."""
+    if job.mesh is None:
+        return
+    facts = {"the configuration": config.record(), **versions()}
+    facts |= {f"{name} of the data": value for name, value in job.context.items()}
+    if job.model is not None and job.data is not None:
+        facts |= {"the first examples": digest_of_examples(job.data), "the model": digest_of_weights(job.model.model)}
+    check_alike(job.team.everyone, facts)
+
+
 def _batches(source: ModelSource | StoreSource, config: TrainConfig, place: Place) -> Iterator[StreamBatch]:
     if isinstance(source, StoreSource) or not isinstance(config.loss, KL | CrossEntropy):
-        return shuffled_batches(source, config.batch_tokens, config.seed, place)
+        return shuffled_batches(source, config.batch_tokens, config.seed, place, source.team.tokens)
     return prompt_batches(source, max(1, config.batch_tokens // source.tokens_a_prompt), place)
 
 
 def finish(origin: Provenance, trainer: Trainer, source: ChunkSource, place: Place) -> CrossLayerTranscoder:
     """Calibrate on tokens that follow the training data, fold the scales, and note where it all came from."""
     config = trainer.config
-    fresh = usable_tokens(source, place, config.batch_tokens, config.calibration_tokens, config.seed)
+    fresh = usable_tokens(
+        source, place, config.batch_tokens, config.calibration_tokens, config.seed, trainer.team.tokens
+    )
     coder = trainer.finish(fresh)
     training = {"config": config.record(), "counted": trainer.counters()}
     coder.provenance = replace(origin, training=training)

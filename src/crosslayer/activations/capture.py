@@ -9,11 +9,12 @@ from torch import Tensor
 
 from crosslayer.activations.ahead import one_ahead
 from crosslayer.activations.record import Activations
-from crosslayer.data.examples import Example
+from crosslayer.data.examples import Example, Examples
 from crosslayer.errors import UserError
 from crosslayer.models.hooks import recording
 from crosslayer.models.load import LoadedModel
 from crosslayer.models.prompts import Batch, prepare, prepare_good
+from crosslayer.team import ALONE, Team, share, together
 
 CHUNK_BYTES = 2**30
 """Captured activations that are held at a time, at most."""
@@ -90,7 +91,8 @@ class ModelSource:
     """Chunks of activations captured from a model on demand: the same index always gives the same tokens.
 
     Examples are visited in an order drawn anew for each epoch from `seed`. A chunk is the next few hundred of them,
-    or as many as fit into `chunk_bytes`, captured in batches of `batch_prompts`.
+    or as many as fit into `chunk_bytes`, captured in batches of `batch_prompts`. In a team every process runs the model
+    on its share of them, and those that look at the same tokens tell each other what they captured.
     """
 
     def __init__(
@@ -102,9 +104,11 @@ class ModelSource:
         chunk_prompts: int = 512,
         chunk_bytes: int = CHUNK_BYTES,
         batch_prompts: int = 64,
+        team: Team = ALONE,
     ):
         if not len(examples):
             raise UserError("the data set is empty; give at least one example")
+        self.team = team
         self.model, self.examples, self.seed, self.device = model, examples, seed, model.device
         self.tokens_a_prompt = _tokens_a_prompt(model, examples)
         bytes_a_token = 2 * model.n_layers * model.d_model * model.model.dtype.itemsize
@@ -114,17 +118,22 @@ class ModelSource:
         self._last: tuple[int, Activations] | None = None
 
     def chunk(self, index: int) -> Activations:
-        """All tokens of chunk `index` but padding; the last is kept, as scales, batches and calibration share it."""
+        """All tokens of chunk `index` but padding; the last is kept, as scales, batches and calibration share it.
+
+        In a team, those of this process, after those of the ranks below it.
+        """
         if self._last is None or self._last[0] != index:
             self._last = None  # so that two are never in memory
-            self._last = (index, Activations.concatenate(list(self.captured(self.batches(index)))))
+            parts = [_nothing(self.model, self.model.model.dtype)]
+            with together(self.team.everyone):
+                parts += self.captured(self._own_batches(index))
+            self._share_skipped()
+            self._last = (index, Activations.concatenate(parts).gather(self.team.features))
         return self._last[1]
 
     def batches(self, index: int, n: int | None = None) -> list[list[int]]:
         """Numbers of the examples of chunk `index`, or of its first n, batch by batch."""
-        start = index * self.chunk_prompts
-        chosen = [self._example(i) for i in range(start, start + (self.chunk_prompts if n is None else n))]
-        return [chosen[start : start + self.batch_prompts] for start in range(0, len(chosen), self.batch_prompts)]
+        return self._in_batches(index * self.chunk_prompts, self.chunk_prompts if n is None else n)
 
     def captured(self, batches: Iterable[list[int]], dtype: torch.dtype | None = None) -> Iterator[Activations]:
         """Activations of each batch of examples, the next one prepared meanwhile; x and y in `dtype` if given.
@@ -135,14 +144,31 @@ class ModelSource:
             yield _captured(self.model, batch, numbers, dtype or self.model.model.dtype)
 
     def prompts(self, start: int, n: int) -> list[Example]:
-        """The examples visited from number `start` on, counted over epochs, without those that turn out to be bad."""
-        good = self._prepared([self._example(i) for i in range(start, start + n)])[1]
+        """This process's share of n examples visited from number `start` on, counted over epochs, without bad ones."""
+        good: list[int] = []
+        with together(self.team.everyone):
+            mine = share(self.team.tokens, n)
+            good = self._prepared([self._example(start + i) for i in mine])[1]
+        self._share_skipped()
         return [self.examples[number] for number in good]
 
     def count_tokens(self, n: int) -> int:
         """Tokens of the first n examples visited, without those that turn out to be bad."""
         batch = self._prepared([self._example(i) for i in range(n)])[0]
         return 0 if batch is None else int(batch.attention.sum())
+
+    def _share_skipped(self) -> None:
+        if isinstance(self.examples, Examples):
+            self.examples.skipped.spread(self.team.everyone)
+
+    def _own_batches(self, index: int) -> list[list[int]]:
+        """This process's share of a chunk."""
+        mine = share(self.team.everyone, self.chunk_prompts)
+        return self._in_batches(index * self.chunk_prompts + mine.start, len(mine))
+
+    def _in_batches(self, start: int, n: int) -> list[list[int]]:
+        chosen = [self._example(i) for i in range(start, start + n)]
+        return [chosen[first : first + self.batch_prompts] for first in range(0, n, self.batch_prompts)]
 
     def _prepared(self, numbers: list[int]) -> tuple[Batch | None, list[int]]:
         return prepare_good(self.model.model, self.model.processor, self.examples, numbers)

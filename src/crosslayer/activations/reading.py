@@ -10,6 +10,7 @@ from crosslayer.activations.record import Activations
 from crosslayer.activations.rows import IMAGE, Rows
 from crosslayer.activations.store import Piece, Store
 from crosslayer.errors import UserError
+from crosslayer.team import ALONE, Team, share
 from crosslayer.wiring import Wiring
 
 BLOCK, BLOCK_BYTES = 256, 2**21
@@ -24,24 +25,37 @@ class StoreSource:
     A store captured with the same `seed` gives, the first time round, the chunks of the stream that it was captured
     from, so that a training on it is the training on that stream. From then on, and with any other seed, a chunk is
     a random draw of blocks of rows from all shards. The next chunk is read while one is in use: two are in memory.
+    In a team every process reads the rows of its share of the tokens.
 
     Raises:
         UserError: when the store is empty or unfinished, or lacks what the wiring asks for.
     """
 
-    def __init__(self, store: Store, wiring: Wiring, seed: int = 0, device: str | torch.device = "cpu"):
+    def __init__(
+        self, store: Store, wiring: Wiring, seed: int = 0, device: str | torch.device = "cpu", team: Team = ALONE
+    ):
         check_trainable(store, wiring)
-        self.store, self.seed, self.device = store, seed, torch.device(device)
+        self.store, self.seed, self.device, self.team = store, seed, torch.device(device), team
         self._thread = ThreadPoolExecutor(1, "store-ahead")
         self._read: dict[int, Future[Rows]] = {}
 
     def chunk(self, index: int) -> Activations:
-        """All tokens of chunk `index`."""
+        """All tokens of chunk `index`; in a team, those of this process, after those of the ranks below it."""
         self._read = {i: self._read.get(i) or self._start(i) for i in (index, index + 1)}
         return self._activations(self._read[index].result())
 
     def _start(self, index: int) -> Future[Rows]:
-        return self._thread.submit(lambda: self.store.gather(self._pieces(index)))
+        return self._thread.submit(lambda: self.store.gather(self._own_pieces(index)))
+
+    def _own_pieces(self, index: int) -> list[Piece]:
+        pieces, own, first = self._pieces(index), [], 0
+        mine = share(self.team.tokens, sum(map(len, pieces)))
+        for piece in pieces:
+            start, stop = max(0, mine.start - first), min(len(piece), mine.stop - first)
+            if start < stop:
+                own.append(Piece(piece.shard, piece.start + start, piece.start + stop))
+            first += len(piece)
+        return own
 
     def _pieces(self, index: int) -> list[Piece]:
         epoch, place = divmod(index, self.store.n_chunks)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from crosslayer.team import Group
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -36,3 +38,7 @@ class Activations:
         """All tokens of the parts, in order."""
         names = Activations.__dataclass_fields__
         return Activations(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+    def gather(self, group: Group) -> "Activations":
+        """The tokens of all processes of a group, by rank."""
+        return Activations(**{name: torch.cat(group.gather(value)) for name, value in vars(self).items()})

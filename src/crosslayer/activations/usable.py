@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from crosslayer.activations.record import Activations
+from crosslayer.team import ALONE, Group, count
 
 OUTLIER = 20.0
 """A token whose norm at some layer is this many times the layer's median norm is left out of training."""
@@ -20,14 +22,16 @@ class Usable:
     n_outliers: int
 
 
-def usable(activations: Activations) -> Usable:
+def usable(activations: Activations, tokens: Group = ALONE.tokens) -> Usable:
     """Leave out first positions (attention sinks) and norm outliers at any layer.
 
-    A token that is not finite stays in, so that the training stops at it and names the layer.
+    A token that is not finite stays in, so that the training stops at it and names the layer. Where the others of a
+    group have more tokens, medians and numbers are of all.
     """
     first = activations.position == 0
-    if first.all():
-        return Usable(~first, len(first), 0)
     norms = activations.x.float().norm(dim=2)
-    outlier = (norms > OUTLIER * norms[~first].median(0).values).any(1) & norms.isfinite().all(1) & ~first
-    return Usable(~first & ~outlier, int(first.sum()), int(outlier.sum()))
+    others = torch.cat(tokens.gather(norms[~first]))
+    if not len(others):
+        return Usable(~first, count(tokens, len(first)), 0)
+    outlier = (norms > OUTLIER * others.median(0).values).any(1) & norms.isfinite().all(1) & ~first
+    return Usable(~first & ~outlier, count(tokens, int(first.sum())), count(tokens, int(outlier.sum())))

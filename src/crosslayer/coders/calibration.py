@@ -6,6 +6,7 @@ from torch import Tensor
 
 from crosslayer.coders.sparsity import Penalised
 from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.team import Group, count
 
 BATCH = 1024
 """Tokens encoded at a time."""
@@ -13,7 +14,7 @@ BATCH = 1024
 
 @torch.no_grad()
 def calibrate(coder: CrossLayerTranscoder, x: Float[Tensor, "N L D"]) -> CrossLayerTranscoder:
-    """Convert `coder`, in place, to JumpReLU.
+    """Convert `coder`, in place, to JumpReLU; processes that share its features must look at the same x.
 
     ReLU and JumpReLU keep the thresholds that they have. The others get some that make the same features active per
     layer on the raw tokens `x`: BatchTopK's from its cut, for the rest a feature's threshold lies where the feature
@@ -29,8 +30,9 @@ def calibrate(coder: CrossLayerTranscoder, x: Float[Tensor, "N L D"]) -> CrossLa
     rows = []
     for i, source in enumerate(coder.sources):
         pre = coder.layer_preactivations(i, x_scaled[:, source])
-        threshold = _fill(_rate_thresholds(pre, counts[i]), norms[i]) if learned is None else learned[i]
-        rows.append(threshold * _factor(pre, threshold, int(counts[i].sum())))
+        features = coder.team.features
+        threshold = _fill(_rate_thresholds(pre, counts[i]), norms[i], features) if learned is None else learned[i]
+        rows.append(threshold * _factor(pre, threshold, count(features, int(counts[i].sum())), features))
     return coder.with_thresholds(torch.stack(rows))
 
 
@@ -50,15 +52,16 @@ def _rate_thresholds(pre: Tensor, counts: Tensor) -> Tensor:
     return thresholds
 
 
-def _fill(thresholds: Tensor, norms: Tensor) -> Tensor:
+def _fill(thresholds: Tensor, norms: Tensor, features: Group) -> Tensor:
     """Thresholds for features never selected: the layer's median of threshold x norm; infinite where none was."""
-    typical = (thresholds * norms).nanmedian()
+    typical = torch.cat(features.gather(thresholds * norms)).nanmedian()
     return thresholds.where(~thresholds.isnan(), (typical / norms).nan_to_num(nan=torch.inf))
 
 
-def _factor(pre: Tensor, threshold: Tensor, n_wanted: int) -> Tensor:
+def _factor(pre: Tensor, threshold: Tensor, n_wanted: int, features: Group) -> Tensor:
     """The factor on all thresholds above which exactly `n_wanted` pairs lie, halfway between two of them."""
     ratios = (pre / threshold).flatten()
-    if not 0 < n_wanted < len(ratios):
+    if not 0 < n_wanted < count(features, len(ratios)):
         return ratios.new_tensor(1.0)
-    return ratios.topk(n_wanted + 1).values[-2:].mean().clamp_min(1e-6)
+    largest = torch.cat(features.gather(ratios.topk(min(n_wanted + 1, len(ratios))).values))
+    return largest.topk(n_wanted + 1).values[-2:].mean().clamp_min(1e-6)

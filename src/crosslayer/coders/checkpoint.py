@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+import torch
+from huggingface_hub import StateDictSplit, snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Size, Tensor
 
@@ -24,9 +25,21 @@ def write_run(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
         config: JSON values; `format_version` is added.
         tensors: name to tensor, on any device.
     """
-    plan = split_torch_state_dict_into_shards({name: tensor.contiguous() for name, tensor in tensors.items()})
+    plan = plan_files(tensors)
     for file, names in plan.filename_to_tensors.items():
         write_tensors(path / file, {name: tensors[name] for name in names})
+    complete_run(path, config, plan)
+
+
+def plan_files(tensors: Mapping[str, Tensor]) -> StateDictSplit:
+    """Which file each tensor goes to, by shapes and types alone."""
+    return split_torch_state_dict_into_shards(
+        {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
+    )
+
+
+def complete_run(path: Path, config: dict[str, Any], plan: StateDictSplit) -> None:
+    """Write what tells where the tensors are, then the configuration, once the files of the plan are there."""
     if plan.is_sharded:
         write_json(path / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
     else:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from crosslayer.coders.codes import Codes
+from crosslayer.coders.draw import Draw
 from crosslayer.coders.far import fetch_rows
 from crosslayer.errors import UserError
 from crosslayer.variants import read_variant, write_variant
@@ -62,12 +63,12 @@ class Bank(nn.Module):
         """Lengths of all `base` vectors."""
         raise NotImplementedError
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialise(self, draw: Draw) -> None:
         """Draw the write vectors from U(+-(L D)^-1/2)."""
         bound = (self.wiring.n_layers * self.d_model) ** -0.5
         for name, parameter in self.named_parameters():
             if name.startswith("W_"):
-                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+                draw(parameter, bound)
 
     def vectors(self, i: int, features: Tensor | None = None) -> Float[Tensor, "U T D"]:
         """What a feature writes to each of its targets per unit of activation."""

@@ -1,6 +1,6 @@
 """The cross-layer transcoder: encoders that read one layer, decoders that write to many."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from crosslayer.coders.checkpoint import check_tensors, read_run, write_run
 from crosslayer.coders.codes import Codes
 from crosslayer.coders.decoders import Decoder, Full, read_decoder, write_decoder
+from crosslayer.coders.draw import Draw
 from crosslayer.coders.input_norm import InputNorm, read_norm, write_norm
 from crosslayer.coders.products import affine
 from crosslayer.coders.sparsity import (
@@ -29,6 +30,7 @@ from crosslayer.coders.writes import CoalescedWrites, RunningWrites, Writes
 from crosslayer.errors import UserError
 from crosslayer.files import size_text
 from crosslayer.memory import memory_room
+from crosslayer.team import ALONE, Places, Team, share
 from crosslayer.wiring import Wiring
 
 
@@ -77,6 +79,8 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         input_norm: what x passes before the encoders read it; None for x itself. Skip connections pass x itself on.
         kept_layers: layers that no source writes to and whose own MLP stays in a replacement model; the others of
             that kind are written their bias.
+        team: processes that hold its features together, F a layer in all; this one has its share of the rows of every
+            parameter but `b_dec` and `W_skip`, of which each has all.
 
     Raises:
         UserError: for parts that do not go together, naming them.
@@ -98,6 +102,7 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         skip: Wiring | None = None,
         input_norm: InputNorm | None = None,
         kept_layers: Sequence[int] = (),
+        team: Team = ALONE,
     ):
         super().__init__()
         if d_transcoder < 1:
@@ -111,10 +116,11 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         self.skip, self.sources = skip, wiring.source_layers
         self.input_norm, self.kept_layers = input_norm, tuple(kept_layers)
         self.provenance, self.offloaded = Provenance(), False
-        F, L, D = d_transcoder, wiring.n_layers, d_model
+        self.team, self.held = team, share(team.features, d_transcoder)
+        F, L, D = len(self.held), wiring.n_layers, d_model
         self.W_enc = nn.ParameterList(torch.zeros(F, D) for _ in self.sources)
         self.b_enc = nn.ParameterList(torch.zeros(F) for _ in self.sources)
-        self.decoder = (decoder or Full()).build(wiring, d_model, d_transcoder)
+        self.decoder = (decoder or Full()).build(wiring, d_model, F)
         self.b_dec = nn.Parameter(torch.zeros(L, D))
         skips = skip.source_layers if skip else ()
         self.W_skip = nn.ParameterList(torch.zeros(skip.n_targets(s), D, D) for s in skips if skip)
@@ -133,17 +139,16 @@ class CrossLayerTranscoder(nn.Module, Encoder):
 
     def initialise(self, seed: int) -> "CrossLayerTranscoder":
         """Draw W_enc ~ U(+-F^-1/2) and write vectors ~ U(+-(L D)^-1/2); biases and skips stay 0."""
-        generator = torch.Generator().manual_seed(seed)
-        bound = self.d_transcoder**-0.5
+        draw = Draw(seed, self.held, self.d_transcoder)
         for W_enc in self.W_enc:
-            nn.init.uniform_(W_enc, -bound, bound, generator=generator)
-        self.decoder.initialise(generator)
+            draw(W_enc, self.d_transcoder**-0.5)
+        self.decoder.initialise(draw)
         return self.learn_thresholds()
 
     def learn_thresholds(self) -> "CrossLayerTranscoder":
         """Make, in place, what a JumpReLU learns: thresholds that start from those there are, or from its setting."""
         if isinstance(self.sparsity, JumpReLU):
-            start = torch.full((len(self.sources), self.d_transcoder), self.sparsity.initial_threshold)
+            start = torch.full((len(self.sources), len(self.held)), self.sparsity.initial_threshold)
             start = start if self.thresholds is None else self.thresholds.clamp_min(1e-6).nan_to_num(posinf=1e6)
             self.log_threshold = nn.ParameterList(row.log().clone() for row in start.to(self.b_dec.device))
             self.thresholds = None
@@ -160,7 +165,7 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         layers = enumerate(self.sources)
         if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return torch.stack([self.layer_preactivations(i, x[:, s]) for i, s in layers]).transpose(0, 1)
-        pre = x.new_empty(len(self.sources), len(x), self.d_transcoder)  # each layer in one piece
+        pre = x.new_empty(len(self.sources), len(x), len(self.held))  # each layer in one piece
         for i, s in layers:
             pre[i] = self.layer_preactivations(i, x[:, s])
         return pre.transpose(0, 1)
@@ -168,6 +173,10 @@ class CrossLayerTranscoder(nn.Module, Encoder):
     def layer_preactivations(self, i: int, x: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
         """The same for source number i, from that layer's x."""
         return affine(x, self.W_enc[i].to(x.device), self.b_enc[i])
+
+    def held_by_all(self) -> list[nn.Parameter]:
+        """The parameters that every process of the team has in whole; they have their share of rows of the others."""
+        return [self.b_dec, *self.W_skip]
 
     def decoder_norms(self) -> Float[Tensor, "S F"]:
         """Length of each feature's write vectors over all its targets."""
@@ -179,9 +188,12 @@ class CrossLayerTranscoder(nn.Module, Encoder):
             return self.encode_for_training(x, 1.0).codes
         return [self.encode_layer(s, x[:, s]) for s in self.sources]
 
-    def encode_for_training(self, x: Float[Tensor, "N L D"], progress: float) -> Encoded:
-        """Codes and pre-activations under the sparsity in force at `progress` (0 to 1), with gradients."""
-        return self.sparsity_at(progress).encode(self, self.scaled(x))
+    def encode_for_training(self, x: Float[Tensor, "N L D"], progress: float, places: Places | None = None) -> Encoded:
+        """Codes and pre-activations under the sparsity in force at `progress` (0 to 1), with gradients.
+
+        `places` say where the tokens stand in a batch of which others look at the rest.
+        """
+        return self.sparsity_at(progress).encode(self, self.scaled(x), places or Places.whole(len(x)))
 
     def encode_layer(self, source: int, x: Float[Tensor, "N D"], progress: float = 1.0) -> Codes:
         """Codes of one source layer alone.
@@ -219,6 +231,8 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         Biases are in it already for the N, not for the bare ones after them.
         """
         start = torch.cat([self.b_dec.flatten().expand(n_tokens, -1), self.b_dec.new_zeros(n_bare, self.b_dec.numel())])
+        if self.team.features.rank:  # what all hold is written by one
+            start = torch.zeros_like(start)
         k = getattr(self.decoder.settings, "topk_coalesced", None)
         return RunningWrites(self.decoder, start) if k is None else CoalescedWrites(self.decoder, start, k)
 
@@ -226,7 +240,7 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         """Add, in place, what a layer's features and its skip connection write; codes of None for no features."""
         if codes is not None:
             writes.add(self.sources.index(layer), codes)
-        if self.skip is not None and layer in self.skip.source_layers:
+        if self.skip is not None and layer in self.skip.source_layers and not self.team.features.rank:
             writes.add_linear(self.skip.targets(layer).start, self.skipped(layer, x))
 
     def skipped(self, layer: int, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N K"]:
@@ -259,7 +273,7 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         writes, by_layer = self.writes(len(x), n_bare), dict(zip(self.sources, codes, strict=True))
         for layer in range(self.wiring.n_layers):
             self.add_layer(writes, layer, by_layer.get(layer), x[:, layer])
-        y = writes.everything()
+        y = self.team.features.sum(writes.everything())
         return y if self.output_scale is None else y * self.output_scale[:, None]
 
     def forward(self, x: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
@@ -304,8 +318,12 @@ class CrossLayerTranscoder(nn.Module, Encoder):
             raise UserError(f"the run takes {size_text(size)} and {device} has {size_text(room)} free; add --offload")
         return self.to(device)
 
-    def save(self, path: str | Path) -> None:
+    def save(
+        self, path: str | Path, write: Callable[[Path, dict[str, Any], dict[str, Tensor]], None] = write_run
+    ) -> None:
         """Write a run folder: `config.json` and `model.safetensors` (sharded past 5 GB), atomically.
+
+        `write` is for a team, whose processes write the rows that they hold.
 
         Raises:
             UserError: before JumpReLU thresholds are fixed, as another reader could not tell what is active.
@@ -313,7 +331,7 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         if isinstance(self.sparsity, JumpReLU) and self.thresholds is None:
             raise UserError("this JumpReLU transcoder is still in training; fix its thresholds before saving it")
         assert self.input_scale is None, "scales are folded before a transcoder is saved"
-        write_run(Path(path), self._config(), self._tensors())
+        write(Path(path), self._config(), self._tensors())
 
     @classmethod
     def load(cls, path: str | Path, revision: str | None = None, *, offload: bool = False) -> "CrossLayerTranscoder":
@@ -353,7 +371,7 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         )
         coder.provenance = Provenance(**config["provenance"])
         if isinstance(coder.sparsity, JumpReLU):
-            coder.thresholds = torch.zeros(len(coder.sources), coder.d_transcoder)
+            coder.thresholds = torch.zeros(len(coder.sources), len(coder.held))
         return coder
 
     def _config(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from crosslayer.errors import UserError
 from crosslayer.files import append_line, write_text
+from crosslayer.team import Group, tell
 
 SKIPPED = "skipped.jsonl"
 """Name of the list in a folder of results."""
@@ -27,6 +28,8 @@ class Skipped:
     """Where they are listed; set by `list_in`."""
     settled: set[str] = field(default_factory=set, init=False)
     """Rows that count no more: found by a check that has passed, or in an earlier life of this run."""
+    told: set[str] = field(default_factory=set, init=False)
+    """Rows that all processes of a team know of."""
     looked_at: int = field(default=0, init=False)
     """Rows, good and bad, since then."""
 
@@ -58,6 +61,17 @@ class Skipped:
                 f"{name}: {len(bad)} of {rows} rows are bad{listed}, more than --bad-share {self.share} allows; "
                 f"the first: {bad[0]}"
             )
+
+    def spread(self, group: Group) -> None:
+        """Take note of the rows that the others of a group met, too; how many are too many is for them to say."""
+        if group.size == 1:
+            return
+        for rank, reasons in enumerate(tell(group, {id: self.reasons[id] for id in self.reasons.keys() - self.told})):
+            for id, reason in reasons.items():
+                self.told.add(id)
+                if rank != group.rank:
+                    self.settled.add(id)
+                    self.note(id, reason)
 
     def settle(self) -> None:
         """Begin to count anew."""

@@ -11,6 +11,8 @@ from torch import Tensor
 from crosslayer.activations.record import Activations
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.errors import UserError
+from crosslayer.team import agree
+from crosslayer.training.part import Part
 from crosslayer.training.revival import AuxK, DeadPenalty
 
 
@@ -19,14 +21,15 @@ class Outcome:
     """What an objective found on one batch."""
 
     loss: Tensor
-    """To be minimised."""
+    """To be minimised: the part of these tokens in the mean over all of the batch, like the other figures here."""
     terms: dict[str, Tensor]
     """The parts that the loss is the sum of, by name, for the log."""
     fvu: Tensor
     """Unexplained variance, mean over layers."""
     counts: Float[Tensor, "S F"]
-    """On how many tokens each feature was active."""
+    """On how many of these tokens each feature was active."""
     n_tokens: int
+    """Tokens of the batch, wherever they are looked at."""
 
     def detached(self) -> "Outcome":
         """The same without the graph."""
@@ -39,11 +42,11 @@ class Objective(Protocol):
     """Turns a transcoder and a batch into a loss; the trainer knows nothing else of either."""
 
     def split(self, batch: Any, n: int) -> Sequence[Any]:
-        """The batch in up to n parts, none of them empty."""
+        """The batch in up to n batches, none of them empty."""
         ...
 
     def n_tokens(self, part: Any) -> int:
-        """Tokens that a part trains on."""
+        """Tokens that a part trains on, those that other processes look at included."""
         ...
 
     def __call__(self, coder: CrossLayerTranscoder, part: Any, progress: float, dead: Bool[Tensor, "S F"]) -> Outcome:
@@ -64,42 +67,44 @@ class Reconstruction:
     auxk: AuxK
     dead_penalty: DeadPenalty
 
-    def split(self, batch: Activations, n: int) -> Sequence[Activations]:
+    def split(self, batch: Activations | Part, n: int) -> Sequence[Part]:
         """See `Objective.split`."""
-        return [batch[rows] for rows in torch.arange(len(batch)).tensor_split(min(n, len(batch)))] if n > 1 else [batch]
+        return Part.of(batch).split(n)
 
-    def n_tokens(self, part: Activations) -> int:
+    def n_tokens(self, part: Part) -> int:
         """See `Objective.n_tokens`."""
-        return len(part)
+        return part.places.total
 
-    def __call__(self, coder: CrossLayerTranscoder, part: Activations, progress: float, dead: Tensor) -> Outcome:
+    def __call__(self, coder: CrossLayerTranscoder, part: Part, progress: float, dead: Tensor) -> Outcome:
         """See `Objective.__call__`."""
-        encoded = coder.encode_for_training(part.x, progress)
+        tokens, places, team = part.tokens, part.places, coder.team
+        encoded = coder.encode_for_training(tokens.x, progress, places)
         revived = self.auxk.codes(coder, encoded, dead)
         if revived:
-            y_hat, explained = coder.decode_beside(encoded.codes, part.x, revived)
+            y_hat, explained = coder.decode_beside(encoded.codes, tokens.x, revived)
         else:
-            y_hat, explained = coder.decode(encoded.codes, part.x), None
-        fvu = layer_fvu(part.y, y_hat, self.variance)
+            y_hat, explained = coder.decode(encoded.codes, tokens.x), None
+        fvu = layer_fvu(tokens.y, y_hat, self.variance, places.total)
         terms = {"fvu": fvu.mean(), "penalty": coder.sparsity_at(progress).penalty(coder, encoded, progress)}
-        terms["auxk"] = 0.0 if explained is None else self.auxk.loss(explained, part.y - y_hat)
+        terms["auxk"] = 0.0 if explained is None else self.auxk.loss(explained, tokens.y - y_hat, team.tokens)
         terms["dead_penalty"] = self.dead_penalty.loss(coder, encoded, dead)
         terms = {name: term for name, term in terms.items() if isinstance(term, Tensor)}
         loss = torch.stack(list(terms.values())).sum()
-        if not (loss.isfinite() and part.x.sum().isfinite()):  # TopK passes over inputs that are not a number
-            raise UserError(_diagnosis(part, fvu, terms))
+        finite = loss.isfinite() and tokens.x.sum().isfinite()  # TopK passes over inputs that are not a number
+        agree(team.everyone, None if finite else UserError(_diagnosis(tokens, fvu, terms)))
         counts = torch.stack([codes.counts() for codes in encoded.codes])
-        return Outcome(loss, terms, terms["fvu"].detach(), counts, len(part))
+        return Outcome(loss, terms, terms["fvu"].detach(), counts, places.total)
 
 
 def layer_fvu(
-    y: Float[Tensor, "N L D"], y_hat: Float[Tensor, "N L D"], variance: Float[Tensor, " L"]
+    y: Float[Tensor, "N L D"], y_hat: Float[Tensor, "N L D"], variance: Float[Tensor, " L"], n: int | None = None
 ) -> Float[Tensor, " L"]:
     """Fraction of each layer's variance left unexplained: mean |y - y_hat|^2 / mean |y - mean y|^2.
 
-    The loss is its mean over layers: every target counts alike, however much it varies.
+    The loss is its mean over layers: every target counts alike, however much it varies. Of n tokens, these may be a
+    part; they are all when n is left out.
     """
-    return (y - y_hat).square().sum(2).mean(0) / variance
+    return (y - y_hat).square().sum((0, 2)) / (len(y) if n is None else n) / variance
 
 
 def _diagnosis(batch: Activations, fvu: Tensor, terms: dict[str, Tensor]) -> str:

@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from crosslayer.coders.codes import Codes
 from crosslayer.coders.sparsity import Encoded, encode_patterns, split_by_source
 from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.team import ALONE, Group, Team, count
 
 
 @dataclass(frozen=True)
@@ -32,22 +33,32 @@ class AuxK:
 
         Empty while nothing is dead or the coefficient is 0.
         """
-        if not self.coefficient or not dead.any():
+        features = coder.team.features
+        if not self.coefficient or not features.sum(dead.sum()):
             return []
-        n = max(1, round(self.token_share * len(encoded.x)))
+        n = encoded.places.first(self.token_share)
         x, pre = encoded.x[:n], encoded.pre[:n].detach()
         where = dead.flatten().nonzero().squeeze(1)
         sleeping = [
             layer.index_select(1, row.nonzero().squeeze(1)) for layer, row in zip(pre.unbind(1), dead, strict=True)
         ]
         top = torch.cat(sleeping, 1).topk(min(self.k, len(where)), sorted=False)
-        patterns = split_by_source(where[top.indices], top.values > 0, *dead.shape)
+        best = torch.cat(features.gather(top.values.T.contiguous()))  # a row of them each, as numbers may differ
+        cut = best.topk(min(self.k, len(best)), 0, sorted=False).values.amin(0)
+        keep = (top.values > 0) & (top.values >= cut[:, None])
+        patterns = split_by_source(where[top.indices], keep, *dead.shape)
         return encode_patterns(coder, x, pre, patterns)
 
-    def loss(self, explained: Float[Tensor, "M L D"], residual: Float[Tensor, "N L D"]) -> Tensor:
-        """The weighted auxiliary loss of what these codes write, beside the residual of the same tokens."""
+    def loss(
+        self, explained: Float[Tensor, "M L D"], residual: Float[Tensor, "N L D"], tokens: Group = ALONE.tokens
+    ) -> Tensor:
+        """The weighted auxiliary loss of what these codes write, beside the residual of the same tokens.
+
+        Where others look at other tokens, it is these tokens' part of the whole.
+        """
         target = residual[: len(explained)].detach()
-        error = (explained - target).square().sum((0, 2)) / target.square().sum((0, 2)).clamp_min(1e-12)
+        size = tokens.sum(target.square().sum((0, 2))).clamp_min(1e-12)
+        error = (explained - target).square().sum((0, 2)) / size
         return self.coefficient * error.mean()
 
 
@@ -66,25 +77,28 @@ class DeadPenalty:
     """Share of the batch's tokens that it looks at."""
 
     def loss(self, coder: CrossLayerTranscoder, encoded: Encoded, dead: Bool[Tensor, "S F"]) -> Tensor | float:
-        """The weighted penalty; 0 while nothing is dead or the coefficient is 0."""
-        if not self.coefficient or not dead.any():
+        """The weighted penalty, these tokens' part of it; 0 while nothing is dead or the coefficient is 0."""
+        features = coder.team.features
+        if not self.coefficient or not features.sum(dead.sum()):
             return 0.0
-        n = max(1, round(self.token_share * len(encoded.x)))
+        n = encoded.places.first(self.token_share)
         with torch.no_grad():
             norms = coder.decoder_norms()
-            cut = _mean_smallest(encoded.codes, norms, len(encoded.x))
+            cut = _mean_smallest(encoded.codes, norms, len(encoded.x), coder.team)
         below = encoded.x.new_zeros(())
         for i, source in enumerate(coder.sources):
             rows = dead[i].nonzero().squeeze(1)
             pre = linear(encoded.x[:n, source], coder.W_enc[i][rows], coder.b_enc[i][rows])
             below = below + (cut - pre * norms[i, rows]).relu().sum()
-        return self.coefficient * below / n
+        return self.coefficient * features.sum(below) / encoded.places.n_first(self.token_share)
 
 
-def _mean_smallest(codes: list[Codes], norms: Tensor, n_tokens: int) -> Tensor:
+def _mean_smallest(codes: list[Codes], norms: Tensor, n_tokens: int, team: Team) -> Tensor:
     """The smallest active score of each token, averaged over the tokens that have one."""
     smallest = norms.new_full((n_tokens,), torch.inf)
     for source_codes, row in zip(codes, norms, strict=True):
         tokens, features, values = source_codes.pairs()
         smallest.scatter_reduce_(0, tokens, values.detach() * row[features], "amin")
-    return smallest[smallest.isfinite()].mean().nan_to_num(nan=0.0)
+    smallest = team.features.smallest(smallest)
+    smallest = smallest[smallest.isfinite()]
+    return (team.tokens.sum(smallest.sum()) / count(team.tokens, len(smallest))).nan_to_num(nan=0.0)

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from crosslayer.activations.record import Activations
 from crosslayer.activations.usable import usable
 from crosslayer.errors import UserError
+from crosslayer.team import ALONE, Group, count
 
 
 @dataclass(frozen=True)
@@ -27,26 +27,26 @@ class Scales:
     """Mean of y at first positions, unscaled."""
 
 
-def estimate_scales(activations: Activations) -> Scales:
-    """Measure the scales on one large chunk.
+def estimate_scales(activations: Activations, tokens: Group = ALONE.tokens) -> Scales:
+    """Measure the scales on one large chunk, of which the others of a group may have the rest.
 
     Raises:
         UserError: when no usable token is among them, or a layer reads or writes nothing but zeros, or not a number.
     """
-    chosen = activations[usable(activations).keep]
-    if not len(chosen):
+    chosen = activations[usable(activations, tokens).keep]
+    n = count(tokens, len(chosen))
+    if not n:
         raise UserError("no token is left to train on; the prompts need more than one token each")
     x, y = chosen.x.float(), chosen.y.float()  # a model in half precision is trained on in full
     root = x.shape[2] ** 0.5
-    mean = y.mean(0)
-    variance = (y - mean).square().sum(2).mean(0)
+    mean = tokens.sum(y.sum(0)) / n
     first = activations.y[activations.position == 0].float()
     scales = Scales(
-        input=x.norm(dim=2).mean(0) / root,
-        output=y.norm(dim=2).mean(0) / root,
+        input=tokens.sum(x.norm(dim=2).sum(0)) / n / root,
+        output=tokens.sum(y.norm(dim=2).sum(0)) / n / root,
         output_mean=mean,
-        output_variance=variance,
-        first_write=first.mean(0) if len(first) else torch.zeros_like(mean),
+        output_variance=tokens.sum((y - mean).square().sum((0, 2))) / n,
+        first_write=tokens.sum(first.sum(0)) / max(1, count(tokens, len(first))),
     )
     for name, scale in (("reads", scales.input), ("writes", scales.output), ("varies by", scales.output_variance)):
         bad = ~((scale > 0) & scale.isfinite())

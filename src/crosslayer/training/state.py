@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,33 @@ STATE = "training_state.safetensors"
 METRICS = "metrics.jsonl"
 
 
+class StateFile:
+    """Keeps the state of a training in one file of its run, as one process does.
+
+    Args:
+        run: folder of the run.
+        context: what else must be the same for a resume to make sense (model, data); JSON values.
+    """
+
+    def __init__(self, run: Path, context: dict[str, Any]):
+        self.run, self.context = run, context
+
+    def load(self, config: TrainConfig, device: torch.device) -> "Kept":
+        """See `States.load`."""
+        return load_state(self.run, config, self.context, device)
+
+    def save(self, trainer: Trainer, place: Place) -> None:
+        """See `States.save`."""
+        save_state(self.run, trainer, place, self.context)
+
+    def close(self) -> None:
+        """See `States.close`."""
+
+    def remove(self) -> None:
+        """See `States.remove`."""
+        (self.run / STATE).unlink()
+
+
 def save_state(run: Path, trainer: Trainer, place: Place, context: dict[str, Any]) -> None:
     """Keep everything that the rest of the training depends on.
 
@@ -29,9 +56,33 @@ def save_state(run: Path, trainer: Trainer, place: Place, context: dict[str, Any
         place: where in the stream the next batch lies.
         context: what else must be the same for a resume to make sense (model, data); JSON values.
     """
-    tensors, counters = trainer.state()
-    header = {"config": trainer.config.record(), "context": context, "counters": counters, "place": vars(place)}
-    write_tensors(run / STATE, tensors, {"crosslayer": json.dumps(header)})
+    header = header_of(trainer, place, context)
+    write_tensors(run / STATE, trainer.state()[0], {"crosslayer": json.dumps(header)})
+
+
+@runtime_checkable
+class States(Protocol):
+    """Where the state of an unfinished training is kept; all processes of its team make the same calls."""
+
+    def load(self, config: TrainConfig, device: torch.device) -> "Kept":
+        """What was kept, on `device`.
+
+        Raises:
+            UserError: when there is no state, or it belongs to another configuration, model or data set.
+        """
+        ...
+
+    def save(self, trainer: Trainer, place: Place) -> None:
+        """Keep everything that the rest of the training depends on."""
+        ...
+
+    def close(self) -> None:
+        """Return when what was saved is on disk."""
+        ...
+
+    def remove(self) -> None:
+        """Remove what is kept of a training that is finished."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -57,14 +108,30 @@ def load_state(run: Path, config: TrainConfig, context: dict[str, Any], device: 
     sweep(run)
     tensors, metadata = read_tensors(run / STATE)
     header = json.loads(metadata["crosslayer"])
-    _check_same({**header["config"], **header["context"]}, {**config.record(), **context}, run)
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    check_same(header, config, context, run)
+    truncate_log(run, header)
+    return kept({name: tensor.to(device) for name, tensor in tensors.items()}, header)
+
+
+def header_of(trainer: Trainer, place: Place, context: dict[str, Any]) -> dict[str, Any]:
+    """What is kept beside the tensors: JSON values."""
+    counters = trainer.counters()
+    return {"config": trainer.config.record(), "context": context, "counters": counters, "place": vars(place)}
+
+
+def kept(tensors: dict[str, Tensor], header: dict[str, Any]) -> Kept:
+    """A state of its tensors and its header."""
     scales = Scales(**{name: tensors[f"scales.{name}"] for name in Scales.__dataclass_fields__})
-    _truncate_log(run / METRICS, header["counters"]["step_number"])
     return Kept(tensors, header["counters"], scales, Place(**header["place"]))
 
 
-def _check_same(kept: dict[str, Any], asked: dict[str, Any], run: Path) -> None:
+def check_same(header: dict[str, Any], config: TrainConfig, context: dict[str, Any], run: Path) -> None:
+    """Refuse the state of another training.
+
+    Raises:
+        UserError: naming the setting that differs.
+    """
+    kept, asked = {**header["config"], **header["context"]}, {**config.record(), **context}
     asked = json.loads(json.dumps(asked))
     for key in sorted(kept | asked):
         if kept.get(key) != asked.get(key):
@@ -74,7 +141,9 @@ def _check_same(kept: dict[str, Any], asked: dict[str, Any], run: Path) -> None:
             )
 
 
-def _truncate_log(path: Path, step: int) -> None:
+def truncate_log(run: Path, header: dict[str, Any]) -> None:
+    """Drop the lines of the log that were written after a state."""
+    path, step = run / METRICS, header["counters"]["step_number"]
     if path.is_file():
         lines = path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]

@@ -11,6 +11,7 @@ from crosslayer.activations.record import Activations
 from crosslayer.coders.calibration import calibrate
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.errors import UserError
+from crosslayer.team import ALONE, Team, together
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.objective import Objective, Outcome, Reconstruction
 from crosslayer.training.optimizers import optimizer_state, restore_optimizer, set_rate
@@ -48,6 +49,7 @@ class Trainer:
         scales: statistics of the tokens to train on.
         objective: what turns transcoder and batch into a loss; reconstruction by default.
         start: a finished transcoder to go on from, instead of random weights; it is changed in place.
+        team: the processes that train it together, each on its part of every batch.
 
     Raises:
         UserError: for settings that do not go together, or with `start`.
@@ -59,16 +61,17 @@ class Trainer:
         scales: Scales,
         objective: Objective | None = None,
         start: CrossLayerTranscoder | None = None,
+        team: Team = ALONE,
     ):
         n_layers = len(scales.input)
         if config.wiring.n_layers != n_layers:
             raise UserError(f"the wiring is for {config.wiring.n_layers} layers, the activations have {n_layers}")
-        self.config, self.scales = config, scales
+        self.config, self.scales, self.team = config, scales, team
         self.objective = objective or Reconstruction(scales.output_variance, config.auxk, config.dead_penalty)
-        self.coder = _fresh(config, scales) if start is None else _from_start(config, scales, start)
+        self.coder = _fresh(config, scales, team) if start is None else _from_start(config, scales, start)
         self.optimizers = config.optimizer.build(list(self.coder.parameters()))
-        S, F = len(self.coder.sources), self.coder.d_transcoder
-        self.density = torch.full((S, F), 2 * config.dead_density, device=scales.input.device)
+        held = (len(self.coder.sources), len(self.coder.held))
+        self.density = torch.full(held, 2 * config.dead_density, device=scales.input.device)
         self.step_number, self.tokens = 0, 0
         self.first_left_out, self.outliers_left_out = 0, 0
 
@@ -96,7 +99,9 @@ class Trainer:
         cut = self.coder.cut.clone()
         try:
             outcomes = [self._accumulate(part, n_tokens, dead) for part in parts]
-            self._check_gradients()
+            self._sum_gradients()
+            with together(self.team.everyone):
+                self._check_gradients()
         except UserError as error:
             self.coder.cut.copy_(cut)  # which a BatchTopK moves when it encodes
             raise UserError(f"step {self.step_number + 1}: {error}") from None
@@ -104,17 +109,19 @@ class Trainer:
         set_rate(self.optimizers, rate)
         for optimizer in self.optimizers:
             optimizer.step()
-        counts = torch.stack([outcome.counts for outcome in outcomes]).sum(0)
+        counts = self.team.tokens.sum(torch.stack([outcome.counts for outcome in outcomes]).sum(0))
         self._count(counts, n_tokens)
+        n_active, n_dead = self.team.features.sum(torch.stack([counts.sum(), self._dead().sum()])).tolist()
+        loss, fvu, *terms = self.team.tokens.sum(_means(outcomes)).tolist()
         return StepMetrics(
             step=self.step_number,
             tokens=self.tokens,
-            loss=_mean([outcome.loss for outcome in outcomes], outcomes),
-            fvu=_mean([outcome.fvu for outcome in outcomes], outcomes),
-            l0=counts.sum().item() / n_tokens,
-            dead_fraction=self._dead().float().mean().item(),
+            loss=loss,
+            fvu=fvu,
+            l0=n_active / n_tokens,
+            dead_fraction=n_dead / (len(self.coder.sources) * self.coder.d_transcoder),
             learning_rate=rate,
-            terms={name: _mean([o.terms.get(name, 0.0) for o in outcomes], outcomes) for name in outcomes[0].terms},
+            terms=dict(zip(outcomes[0].terms, terms, strict=True)),
         )
 
     def leave_out(self, n_first: int, n_outliers: int) -> None:
@@ -130,9 +137,10 @@ class Trainer:
         """A finished copy of the transcoder, for raw activations: thresholds fixed, scales folded in.
 
         Args:
-            activations: usable tokens on which TopK is converted to JumpReLU.
+            activations: usable tokens on which TopK is converted to JumpReLU, the same for the whole team.
         """
         coder = deepcopy(self.coder).requires_grad_(False).eval()
+        coder.team = self.team.on_the_same_tokens()
         if self.config.calibrate:
             calibrate(coder, activations.x[: self.config.calibration_tokens])
         return coder.fold()
@@ -161,6 +169,13 @@ class Trainer:
         (outcome.loss * (outcome.n_tokens / n_tokens)).backward()
         return outcome.detached()
 
+    def _sum_gradients(self) -> None:
+        """What the tokens of all say about a parameter, and, of one that all hold, what all features say."""
+        shared = self.coder.held_by_all()
+        own = [p for p in self.coder.parameters() if not any(p is other for other in shared)]
+        self.team.tokens.sum_gradients(own)
+        self.team.everyone.sum_gradients(shared)
+
     def _check_gradients(self) -> None:
         gradients = [p.grad for p in self.coder.parameters() if p.grad is not None]
         if not torch.nn.utils.get_total_norm(gradients).isfinite():
@@ -178,11 +193,13 @@ class Trainer:
         return self.density < self.config.dead_density
 
 
-def _fresh(config: TrainConfig, scales: Scales) -> CrossLayerTranscoder:
+def _fresh(config: TrainConfig, scales: Scales, team: Team) -> CrossLayerTranscoder:
     if config.sparsity is None:
         raise UserError("sparsity is None, which keeps that of a start, but there is no start; name a sparsity")
     D = scales.output_mean.shape[1]
-    coder = CrossLayerTranscoder(config.wiring, D, config.width(D), config.sparsity, config.decoder, config.skip)
+    coder = CrossLayerTranscoder(
+        config.wiring, D, config.width(D), config.sparsity, config.decoder, config.skip, team=team
+    )
     coder = coder.initialise(config.seed).to(scales.input.device)
     coder.input_scale, coder.output_scale = scales.input.clone(), scales.output.clone()
     coder.first_write.copy_(scales.first_write)
@@ -209,10 +226,15 @@ def _from_start(config: TrainConfig, scales: Scales, coder: CrossLayerTranscoder
     return coder.unfold(scales.input, scales.output)
 
 
-def _mean(values: list[Any], outcomes: list[Outcome]) -> float:
-    """The mean over tokens of what the parts of a batch measured."""
-    total = sum(outcome.n_tokens for outcome in outcomes)
-    return sum(float(v) * outcome.n_tokens for v, outcome in zip(values, outcomes, strict=True)) / total
+def _means(outcomes: list[Outcome]) -> Tensor:
+    """The means over tokens of what the parts of a batch measured: loss, fvu, and each term of the first part."""
+    total, zero = sum(outcome.n_tokens for outcome in outcomes), torch.zeros(())
+    measured = [[o.loss, o.fvu, *(o.terms.get(name, zero) for name in outcomes[0].terms)] for o in outcomes]
+    rows = [
+        torch.stack([value.double().to(o.loss.device) for value in row]) * (o.n_tokens / total)
+        for row, o in zip(measured, outcomes, strict=True)
+    ]
+    return torch.stack(rows).sum(0)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

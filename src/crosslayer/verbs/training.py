@@ -11,6 +11,9 @@ from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Examples
 from crosslayer.data.load import read_data
 from crosslayer.demo import DEFAULT_TOKENS, MODEL, run_demo
+from crosslayer.distributed.checkpoint import has_checkpoint
+from crosslayer.distributed.mesh import Mesh, join, leave, restarts, under_torchrun
+from crosslayer.distributed.state import CHECKPOINT
 from crosslayer.errors import UserError
 from crosslayer.files import claim_folder, write_json
 from crosslayer.models.load import LoadedModel, load_model
@@ -24,8 +27,8 @@ from crosslayer.report import (
 )
 from crosslayer.verbs.arguments import Overwrite, Seed, check_positive, print_skipped
 from crosslayer.wiring import Wiring
+from crosslayer.workflow import is_result_of, train_from_store
 from crosslayer.workflow import train as run_training
-from crosslayer.workflow import train_from_store
 
 
 def demo(
@@ -50,31 +53,52 @@ def demo(
 def train(options: Annotated[TrainOptions, arg(name="")]) -> None:
     """Train a transcoder on activations, captured from DATA on the way or kept in a store; --resume goes on.
 
-    EleutherAI's option names (--cross_layer, --coalesce_topk, ...) work too.
+    EleutherAI's option names (--cross_layer, --coalesce_topk, ...) work too. Under torchrun, all processes train it
+    together.
     """
+    if not under_torchrun():
+        options.check_alone()
+        _train(options, None)
+        return
+    mesh = join(options.feature_ranks, options.timeout)
+    _train(options, mesh)
+    leave()
+
+
+def _train(options: TrainOptions, mesh: Mesh | None) -> None:
+    is_first = mesh is None or mesh.rank == 0
     start = None if options.finetune is None else CrossLayerTranscoder.load(options.finetune)
     data = None
     if options.store is not None:
         store = Store(options.store)
         options.check_store(store.manifest)
-        run_one = partial(train_from_store, store, model_id=options.model)
+        run_one = partial(train_from_store, store, model_id=options.model, mesh=mesh)
         n_layers = store.manifest.n_layers
     else:
         loaded, data = _model_and_data(options)
-        run_one, n_layers = partial(run_training, loaded, data), loaded.n_layers
+        run_one, n_layers = partial(run_training, loaded, data, mesh=mesh), loaded.n_layers
         if options.dry_run:
             config = options.config(n_layers, start, options.seed[0])
-            print(cost_table(estimate(loaded, data, config, options.out), len(options.seed)))
+            if is_first:
+                print(cost_table(estimate(loaded, data, config, options.out), len(options.seed)))
             return
     for config in [options.config(n_layers, start, seed) for seed in options.seed]:
         run = options.out if len(options.seed) == 1 else options.out / f"seed-{config.seed}"
-        coder = run_one(config, run, start=options.finetune, resume=options.resume, overwrite=options.overwrite)
+        resume = options.resume
+        if mesh is not None and restarts():
+            if is_result_of(run, config):
+                continue
+            resume = resume or has_checkpoint(run / CHECKPOINT)
+        coder = run_one(config, run, start=options.finetune, resume=resume, overwrite=options.overwrite)
+        if not is_first:
+            continue
         counted = coder.provenance.training["counted"]
         print(
             f"trained on {counted['tokens']:,} tokens; left out {counted['first_left_out']:,} first positions "
             f"and {counted['outliers_left_out']:,} norm outliers\nnext: crosslayer evaluate {run}"
         )
-    print_skipped(data)
+    if is_first:
+        print_skipped(data)
 
 
 def _model_and_data(options: TrainOptions) -> tuple[LoadedModel, Examples]:

@@ -9,8 +9,9 @@ from crosslayer.coders.pattern import Pattern
 from crosslayer.coders.sparsity.largest import LargestK, check_available
 from crosslayer.coders.sparsity.protocol import Encoder
 from crosslayer.coders.sparsity.selection import pattern_of
-from crosslayer.coders.sparsity.topk import kth_largest, patterns_at, reaching
+from crosslayer.coders.sparsity.topk import kth_of_group, patterns_at, reaching
 from crosslayer.errors import UserError
+from crosslayer.team import ALONE, Group, count
 
 MARGIN = 0.7
 """The search looks at what scores above this share of the last cuts; lower, when that is too little."""
@@ -41,10 +42,10 @@ class BatchTopK(LargestK):
         """See `Sparsity.budget`: k over all, on average."""
         return self.k
 
-    def patterns(self, coder: Encoder, pre: Tensor) -> list[Pattern]:
+    def patterns(self, coder: Encoder, pre: Tensor, n_tokens: int) -> list[Pattern]:
         """See `Selecting.patterns`; moves `coder.cut` while the coder is in training mode."""
         scores = pre.transpose(0, 1) * coder.decoder_norms()[:, None]
-        chosen, cut = largest_of_all(scores, self.k * len(pre), coder.cut)
+        chosen, cut = largest_of_all(scores, self.k * n_tokens, coder.cut, coder.team.everyone)
         if coder.training and cut.isfinite():  # it is not where nothing is active
             coder.cut.copy_(torch.lerp(cut, coder.cut, self.cut_decay if coder.cut > 0 else 0.0))
         return patterns_at(chosen, scores.shape)
@@ -64,21 +65,22 @@ class BatchTopK(LargestK):
             raise UserError("this BatchTopK transcoder has no threshold yet; train it for a step first")
 
 
-def largest_of_all(scores: Tensor, n: int, near: Tensor) -> tuple[Tensor, Tensor]:
-    """Places, in the flattened scores, of the n largest, as far as they are positive, and the smallest of those.
+def largest_of_all(scores: Tensor, n: int, near: Tensor, group: Group = ALONE.everyone) -> tuple[Tensor, Tensor]:
+    """Places, in the flattened scores, of those among a group's n largest, and the smallest of the n.
 
-    Only what lies above a bound is sorted: it starts below `near`, a good guess, and falls until enough does. The
-    smallest is infinite where nothing is positive.
+    As far as they are positive. Only what lies above a bound is looked at: it starts below `near`, a good guess, and
+    falls until enough does. The smallest is infinite where nothing is positive.
     """
     smallest = scores.new_tensor(torch.finfo(scores.dtype).tiny)
     bound = torch.maximum(MARGIN * near, smallest)
     while True:
         places = reaching(scores, bound)
-        if len(places) >= n or bound == smallest:
+        found = count(group, len(places))
+        if found >= n or bound == smallest:
             break
         bound = bound / 4 if bound > 1e-6 else smallest
     values = scores.flatten().index_select(0, places)
-    if not len(values):
+    if not found:
         return places, scores.new_tensor(torch.inf)
-    cut = kth_largest(values[None], min(n, len(values)))[0]
+    cut = kth_of_group(values, min(n, found), group)
     return places.index_select(0, reaching(values, cut)), cut

@@ -59,9 +59,9 @@ class JointTopK(LargestK):
         """See `Sparsity.budget`: k over all."""
         return self.k
 
-    def patterns(self, coder: Encoder, pre: Tensor) -> list[Pattern]:
+    def patterns(self, coder: Encoder, pre: Tensor, n_tokens: int) -> list[Pattern]:
         """See `Selecting.patterns`."""
-        return largest_of_each_token(pre.transpose(0, 1), self.k, coder.decoder_norms())
+        return largest_of_each_token(pre.transpose(0, 1), self.k, coder.decoder_norms(), coder.team.features)
 
     def pattern(self, coder: Encoder, i: int, pre: Tensor) -> Pattern:
         """Refused: a joint choice needs all layers."""
@@ -81,7 +81,7 @@ class TopK(LargestK):
 
     def pattern(self, coder: Encoder, i: int, pre: Tensor) -> Pattern:
         """See `Selecting.pattern`."""
-        return largest_of_each_token(pre.float()[None], self.k)[0]
+        return largest_of_each_token(pre.float()[None], self.k, group=coder.team.features)[0]
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,10 @@ class GroupMax(LargestK):
 
     def pattern(self, coder: Encoder, i: int, pre: Tensor) -> Pattern:
         """See `Selecting.pattern`."""
-        size = pre.shape[1] // self.k
-        values, places = pre.unflatten(1, (self.k, size)).max(2)
-        return kept_pattern(places + size * torch.arange(self.k, device=pre.device), values > 0, pre.shape[1])
+        size = coder.d_transcoder // self.k
+        values, places = pre.unflatten(1, (-1, size)).max(2)
+        first = torch.arange(0, pre.shape[1], size, device=pre.device)
+        return kept_pattern(first + places, values > 0, pre.shape[1])
 
 
 def check_available(k: int, available: int, where: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from crosslayer.coders.codes import Codes, DenseCodes
 from crosslayer.coders.sparsity.protocol import Encoded, Encoder
 from crosslayer.errors import UserError
+from crosslayer.team import Places
 
 
 class Penalised:
@@ -29,10 +30,11 @@ class Penalised:
         """Activations [N, F] of source number i, with gradients."""
         raise NotImplementedError
 
-    def encode(self, coder: Encoder, x: Tensor) -> Encoded:
+    def encode(self, coder: Encoder, x: Tensor, places: Places) -> Encoded:
         """See `Sparsity.encode`."""
         pre = coder.preactivations(x)
-        return Encoded(x, pre, [DenseCodes(self.activation(coder, i, p)) for i, p in enumerate(pre.unbind(1))])
+        codes: list[Codes] = [DenseCodes(self.activation(coder, i, p)) for i, p in enumerate(pre.unbind(1))]
+        return Encoded(x, pre, codes, places)
 
     def encode_layer(self, coder: Encoder, i: int, x: Tensor) -> tuple[Tensor, Codes]:
         """See `Sparsity.encode_layer`."""
@@ -53,7 +55,8 @@ class ReLU(Penalised):
 
     def penalty(self, coder: Encoder, encoded: Encoded, progress: float) -> Tensor:
         """Mean over tokens of sum ||W_dec|| a."""
-        return self.coefficient * progress * (encoded.pre.relu() * coder.decoder_norms()).sum((1, 2)).mean()
+        total = (encoded.pre.relu() * coder.decoder_norms()).sum() / encoded.places.total
+        return self.coefficient * progress * coder.team.features.sum(total)
 
     def thresholds(self, coder: Encoder) -> Tensor:
         """See `Sparsity.thresholds`: zero."""
@@ -100,13 +103,17 @@ class JumpReLU(Penalised):
         norms = coder.decoder_norms()
         acts = torch.stack([codes.dense() for codes in encoded.codes], 1)
         thresholds = torch.stack(list(coder.log_threshold)).exp()
-        tanh = (self.steepness * norms * acts).tanh().sum((1, 2)).mean()
-        below = ((thresholds - encoded.pre).relu() * norms.detach()).sum((1, 2)).mean()
+        n, team = encoded.places.total, coder.team
+        tanh = (self.steepness * norms * acts).tanh().sum() / n
+        below = ((thresholds - encoded.pre).relu() * norms.detach()).sum() / n
         penalty = self.coefficient * progress * tanh + self.preactivation_coefficient * below
+        penalty = team.features.sum(penalty)
         if not self.quadratic_coefficient:
             return penalty
-        l0 = _Step.apply(encoded.pre, thresholds, self.bandwidth).sum((1, 2)).mean()
-        return penalty + self.quadratic_coefficient * progress * (l0 / self.target_l0 - 1).square()
+        l0 = team.everyone.sum(_Step.apply(encoded.pre, thresholds, self.bandwidth).sum()) / n
+        pull = (l0 / self.target_l0 - 1).square()
+        here = len(encoded.x) / n  # all look at the same pull: each has its part of the value, and the whole gradient
+        return penalty + self.quadratic_coefficient * progress * (pull + (here - 1) * pull.detach())
 
     def thresholds(self, coder: Encoder) -> Tensor:
         """See `Sparsity.thresholds`: those learned."""

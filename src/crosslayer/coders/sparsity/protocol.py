@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crosslayer.coders.codes import Codes
+from crosslayer.team import Places, Team
 
 
 @runtime_checkable
@@ -23,6 +24,8 @@ class Encoder(Protocol):
     b_enc: torch.nn.ParameterList
     log_threshold: torch.nn.ParameterList
     sources: tuple[int, ...]
+    d_transcoder: int
+    team: Team
     training: bool
     cut: Tensor
 
@@ -49,6 +52,8 @@ class Encoded:
     """Pre-activations."""
     codes: list[Codes]
     """Activations of each source."""
+    places: Places
+    """Where the tokens stand in the batch."""
 
 
 @runtime_checkable
@@ -67,7 +72,7 @@ class Sparsity(Protocol):
         """The sparsity to use at `progress` (0 to 1) of the training."""
         ...
 
-    def encode(self, coder: Encoder, x: Float[Tensor, "N L D"]) -> Encoded:
+    def encode(self, coder: Encoder, x: Float[Tensor, "N L D"], places: Places) -> Encoded:
         """Encode all layers of N tokens, with gradients for training."""
         ...
 
@@ -80,7 +85,7 @@ class Sparsity(Protocol):
         ...
 
     def penalty(self, coder: Encoder, encoded: Encoded, progress: float) -> Tensor | float:
-        """What is added to the loss; a mean over tokens, never a sum over the batch."""
+        """What is added to the loss: these tokens' part of the mean over all of the batch, summed over all features."""
         ...
 
     def thresholds(self, coder: Encoder) -> Float[Tensor, "S F"] | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from crosslayer.coders.codes import Codes, encode_active
 from crosslayer.coders.pattern import Pattern
 from crosslayer.coders.sparsity.protocol import Encoded, Encoder
+from crosslayer.team import Places
 
 
 class Selecting:
@@ -26,20 +27,20 @@ class Selecting:
         """See `Sparsity.at`: the same throughout."""
         return self
 
-    def patterns(self, coder: Encoder, pre: Float[Tensor, "N S F"]) -> list[Pattern]:
-        """The active pairs of each source."""
+    def patterns(self, coder: Encoder, pre: Float[Tensor, "N S F"], n_tokens: int) -> list[Pattern]:
+        """The active pairs of each source, where the whole batch has `n_tokens`."""
         return [self.pattern(coder, i, pre[:, i]) for i in range(pre.shape[1])]
 
     def pattern(self, coder: Encoder, i: int, pre: Float[Tensor, "N F"]) -> Pattern:
         """The active pairs of source number i, seen alone."""
         raise NotImplementedError
 
-    def encode(self, coder: Encoder, x: Tensor) -> Encoded:
+    def encode(self, coder: Encoder, x: Tensor, places: Places) -> Encoded:
         """See `Sparsity.encode`."""
         with torch.no_grad():
             pre = coder.preactivations(x)
-            patterns = self.patterns(coder, pre)
-        return Encoded(x, pre, encode_patterns(coder, x, pre, patterns))
+            patterns = self.patterns(coder, pre, places.total)
+        return Encoded(x, pre, encode_patterns(coder, x, pre, patterns), places)
 
     def encode_layer(self, coder: Encoder, i: int, x: Tensor) -> tuple[Tensor, Codes]:
         """See `Sparsity.encode_layer`."""

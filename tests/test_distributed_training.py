@@ -1,0 +1,135 @@
+"""Ranks train from end to end: the run of one process, resumed on any number of ranks, and what is refused."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from crosslayer import (
+    KL,
+    Adam8bit,
+    AuxK,
+    BatchTopK,
+    CrossLayerTranscoder,
+    GroupMax,
+    JointTopK,
+    Muon,
+    TargetTied,
+    TrainConfig,
+    UserError,
+    Wiring,
+    load_model,
+    train,
+)
+from crosslayer.distributed.alike import check_alike
+from crosslayer.distributed.group import team_of
+from crosslayer.distributed.mesh import join
+from crosslayer.distributed.sharding import check_shares
+from crosslayer.training.fit import Interrupted
+from crosslayer.training.state import METRICS
+from crosslayer.training.trainer import Trainer
+from making import text_examples
+
+
+def config(**settings: Any) -> TrainConfig:
+    usual = {"wiring": Wiring.full(3), "sparsity": JointTopK(6), "d_transcoder": 16, "tokens": 600, "batch_tokens": 60}
+    return TrainConfig(**usual | {"calibration_tokens": 200, "auxk": AuxK(k=4), "seed": 1} | settings)
+
+
+def trained(model: str, run: str, n_feature: int, settings: dict[str, Any], stop_after: int = 0) -> str:
+    """Train on the ranks that there are; the last of them gets a signal in its n-th step."""
+    mesh = join(n_feature)
+    step = Trainer.step
+
+    def struck(self: Trainer, batch: Any) -> Any:
+        if self.step_number + 1 == stop_after and mesh.rank == mesh.size - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, batch)
+
+    resume = (Path(run) / "checkpoint").exists()
+    try:
+        with patch.object(Trainer, "step", struck):
+            train(load_model(model), text_examples(40), config(**settings), run, resume=resume, mesh=mesh)
+    except Interrupted as stop:
+        return str(stop)
+    return ""
+
+
+def assert_same_run(found: Path, wanted: Path) -> None:
+    one, other = (CrossLayerTranscoder.load(run) for run in (found, wanted))
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=1e-3, atol=1e-4)
+    logs = [[json.loads(line)["fvu"] for line in (run / METRICS).read_text().splitlines()] for run in (found, wanted)]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-3)
+    assert one.provenance == other.provenance
+    assert {file.name for file in found.iterdir()} == {file.name for file in wanted.iterdir()}
+
+
+KINDS = {
+    "joint": {},
+    "batch": {"sparsity": BatchTopK(6)},
+    "through the model": {"sparsity": BatchTopK(6), "loss": KL(fvu_weight=1.0)},
+}
+
+
+@pytest.mark.parametrize(("kind", "n", "n_feature"), [("joint", 2, 2), ("batch", 4, 2), ("through the model", 2, 1)])
+def test_ranks_write_the_run_that_one_process_writes(ranks, llama_folder, tmp_path, kind, n, n_feature):
+    train(load_model(llama_folder), text_examples(40), config(**KINDS[kind]), tmp_path / "one")
+    ranks.run(n, trained, str(llama_folder), str(tmp_path / "many"), n_feature, KINDS[kind])
+    assert_same_run(tmp_path / "many", tmp_path / "one")
+
+
+def test_a_signal_to_one_rank_stops_all_and_other_ranks_go_on(ranks, llama_folder, tmp_path):
+    train(load_model(llama_folder), text_examples(40), config(), tmp_path / "one")
+    run = str(tmp_path / "many")
+    stopped = ranks.run(2, trained, str(llama_folder), run, 2, {}, 4)
+    assert stopped[0].startswith("stopped after")
+    assert stopped == stopped[:1] * 2
+    assert ranks.run(4, trained, str(llama_folder), run, 2, {}) == [""] * 4
+    assert_same_run(tmp_path / "many", tmp_path / "one")
+
+
+def different() -> list[str]:
+    group = team_of(join()).everyone
+    messages = []
+    for facts in (
+        {"version of torch": "2.9" if group.rank else "2.8"},
+        {"the data": {"n": 3, "seed": group.rank // 2}},
+    ):
+        try:
+            check_alike(group, facts)
+        except UserError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_ranks_that_were_given_different_things_all_say_so(ranks):
+    assert (
+        ranks.run(3, different)
+        == [
+            [
+                "rank 1 has another version of torch than rank 0: 2.9, not 2.8; give all ranks the same",
+                "rank 2 has another data than rank 0: seed is 1, not 0; give all ranks the same",
+            ]
+        ]
+        * 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"d_transcoder": 30}, "d_transcoder is 30.*nearest that they can is 32"),
+        ({"sparsity": GroupMax(2)}, "groupmax has k 2"),
+        ({"optimizer": Muon()}, "muon"),
+        ({"optimizer": Adam8bit()}, "adam-8bit"),
+        ({"decoder": TargetTied(topk_coalesced=2)}, "topk_coalesced"),
+        ({"sparsity": BatchTopK(2), "loss": KL()}, "end-to-end"),
+    ],
+)
+def test_what_cannot_be_split_over_features_is_refused(settings, named):
+    with pytest.raises(UserError, match=named):
+        check_shares(config(**settings), 32, 4)
