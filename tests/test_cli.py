@@ -437,3 +437,16 @@ def test_layered_batches_become_a_store(run, llama_folder, tmp_path):
         run("import", "eleuther", tmp_path, "--out", tmp_path / "x", "--store-dtype", "fp32"),
         "eleuther has no use",
     )
+
+
+def test_a_dry_run_prices_a_mesh_that_is_not_at_hand(train):
+    mesh = ["--dry-run", "--ranks", 8, "--machine", "h100"]
+    code, out, _ = train(*mesh, "--feature-ranks", 4, "--d-transcoder", 512)
+    assert code == 0
+    assert "8 = 2 data x 4 feature" in out
+    assert "a step sends: gradients" in out
+    assert "quickest that fits: --feature-ranks" in out
+    check_refused(train(*mesh, "--feature-ranks", 3), "8 ranks cannot be split into groups of 3")
+    check_refused(train("--ranks", 8), "--dry-run")
+    check_refused(train("--dry-run", "--machine", "h100"), "without --ranks")
+    check_refused(train("--dry-run", "--ranks", 8, "--machine", "abacus"), "abacus", "h100")

@@ -13,6 +13,7 @@ from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.reading import DATA_KINDS, Reading
 from crosslayer.distributed.mesh import TIMEOUT
 from crosslayer.errors import UserError
+from crosslayer.mesh_options import MeshOptions
 from crosslayer.model_options import AS_IT_IS, ModelOptions
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.losses import LOSSES, read_loss
@@ -49,6 +50,9 @@ class TrainOptions:
     """Seed of the weights and of the order of the data; of several, each trains a run of its own, OUT/seed-N."""
     dry_run: bool = False
     """Print parameters, memory, disk and time for this machine, and what would fit where it does not; train nothing."""
+    mesh: Annotated[MeshOptions, arg(name="")] = MeshOptions()  # noqa: RUF009
+    shard_model: bool = False
+    """Spread the language model's weights over all processes, instead of a copy in each."""
     resume: bool = False
     """Go on from the state in --out, to the result of an unbroken training."""
     overwrite: bool = False
@@ -129,7 +133,7 @@ class TrainOptions:
         Raises:
             UserError: naming the option.
         """
-        if self.feature_ranks != 1:
+        if self.feature_ranks != 1 and self.mesh.ranks is None:
             raise UserError(
                 f"--feature-ranks is {self.feature_ranks}, but there is one process; start as many with torchrun: "
                 f"torchrun --nproc-per-node {self.feature_ranks} -m crosslayer train ..."

@@ -155,8 +155,9 @@ def plan(config: TrainConfig, d_model: int, rates: Rates | None = None, chunk_by
         rates: what the machine does, for the time; see `measure_rates`.
         chunk_bytes: what is captured at a time.
     """
-    F, n = config.width(d_model), _n_parameters(config, d_model)
+    F, n = config.width(d_model), n_parameters(config, d_model)
     moment_bytes = {Adam8bit: 2, Muon: 4}.get(type(config.optimizer), 2 * FLOAT)
+    steps = config.tokens / config.batch_tokens
     return Plan(
         n_parameters=n,
         weights=n * FLOAT,
@@ -165,7 +166,7 @@ def plan(config: TrainConfig, d_model: int, rates: Rates | None = None, chunk_by
         activations=_step_bytes(config, d_model, F) + chunk_bytes,
         finished_run=n * FLOAT,
         state=n * (FLOAT + moment_bytes),
-        seconds=None if rates is None else config.tokens / config.batch_tokens * _step_seconds(config, d_model, rates),
+        seconds=None if rates is None else steps * sum(step_seconds(config, d_model, rates).values()),
     )
 
 
@@ -227,11 +228,13 @@ def _seconds(call: Callable[[], object], device: torch.device, repeats: int = 5)
     return best
 
 
-def _n_parameters(config: TrainConfig, d_model: int) -> int:
+def n_parameters(config: TrainConfig, d_model: int) -> int:
+    """Numbers that a training learns."""
     with torch.device("meta"):
         sparsity = JointTopK(1) if config.sparsity is None else config.sparsity
         F = config.width(d_model)
-        coder = CrossLayerTranscoder(config.wiring, d_model, F, sparsity, config.decoder, config.skip).initialise(0)
+        coder = CrossLayerTranscoder(config.wiring, d_model, F, sparsity, config.decoder, config.skip)
+        coder.learn_thresholds()
     return sum(parameter.numel() for parameter in coder.parameters())
 
 
@@ -248,10 +251,14 @@ def _step_bytes(config: TrainConfig, D: int, F: int) -> int:
     return int(dense + streams + 60 * N * _active(config, S, F))
 
 
-def _step_seconds(config: TrainConfig, D: int, rates: Rates) -> float:
-    N, S, F = config.batch_tokens, len(config.wiring.source_layers), config.width(D)
+def step_seconds(config: TrainConfig, d_model: int, rates: Rates) -> dict[str, float]:
+    """Seconds of one training step on one device, by what they go to."""
+    N, D, S, F = config.batch_tokens, d_model, len(config.wiring.source_layers), config.width(d_model)
     active, targets = _active(config, S, F), config.wiring.n_pairs / S
     dense_passes = 3 if active == S * F else 1
-    products = dense_passes * 2 * N * S * F * D / rates.product_flops
-    gathers = N * active * D * 3 * (targets + 1) / rates.gathered
-    return products + gathers + _n_parameters(config, D) / rates.updated + 3 * N * S * F / rates.looked_at
+    return {
+        "encoder products": dense_passes * 2 * N * S * F * D / rates.product_flops,
+        "sums of active rows": N * active * D * 3 * (targets + 1) / rates.gathered,
+        "selection": 3 * N * S * F / rates.looked_at,
+        "optimiser": n_parameters(config, D) / rates.updated,
+    }

@@ -103,8 +103,8 @@ def cost_table(estimate: Estimate, n_runs: int) -> str:
         ["language model, loaded", size_text(estimate.model)],
         ["disk: finished run", size_text(plan.finished_run)],
         ["disk: at most", f"{size_text(plan.disk)} of {size_text(estimate.disk_room)} free"],
-        ["time: capturing", _duration(estimate.capture_seconds * n_runs)],
-        ["time: training steps", _duration((plan.seconds or 0.0) * n_runs)],
+        ["time: capturing", duration(estimate.capture_seconds * n_runs)],
+        ["time: training steps", duration((plan.seconds or 0.0) * n_runs)],
     ]
     lines = [table(["", "estimate" if n_runs == 1 else f"estimate, {n_runs} runs one after the other"], rows)]
     if room is not None and plan.memory > room:
@@ -114,7 +114,8 @@ def cost_table(estimate: Estimate, n_runs: int) -> str:
     return "\n".join(lines)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds, for people to read."""
     for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"

@@ -16,6 +16,8 @@ from crosslayer.distributed.mesh import Mesh, join, leave, restarts, under_torch
 from crosslayer.distributed.state import CHECKPOINT
 from crosslayer.errors import UserError
 from crosslayer.files import claim_folder, write_json
+from crosslayer.mesh_options import price
+from crosslayer.mesh_table import mesh_table
 from crosslayer.models.load import LoadedModel, load_model
 from crosslayer.options import TrainOptions
 from crosslayer.planning import estimate
@@ -25,6 +27,8 @@ from crosslayer.report import (
     inspection,
     write_report,
 )
+from crosslayer.scaling import Layout
+from crosslayer.training.config import TrainConfig
 from crosslayer.verbs.arguments import Overwrite, Seed, check_positive, print_skipped
 from crosslayer.wiring import Wiring
 from crosslayer.workflow import is_result_of, train_from_store
@@ -56,6 +60,7 @@ def train(options: Annotated[TrainOptions, arg(name="")]) -> None:
     EleutherAI's option names (--cross_layer, --coalesce_topk, ...) work too. Under torchrun, all processes train it
     together.
     """
+    options.mesh.check(options.dry_run)
     if not under_torchrun():
         options.check_alone()
         _train(options, None)
@@ -80,7 +85,7 @@ def _train(options: TrainOptions, mesh: Mesh | None) -> None:
         if options.dry_run:
             config = options.config(n_layers, start, options.seed[0])
             if is_first:
-                print(cost_table(estimate(loaded, data, config, options.out), len(options.seed)))
+                print(_cost(loaded, data, config, options, mesh))
             return
     for config in [options.config(n_layers, start, seed) for seed in options.seed]:
         run = options.out if len(options.seed) == 1 else options.out / f"seed-{config.seed}"
@@ -99,6 +104,14 @@ def _train(options: TrainOptions, mesh: Mesh | None) -> None:
         )
     if is_first:
         print_skipped(data)
+
+
+def _cost(model: LoadedModel, data: Examples, config: TrainConfig, options: TrainOptions, mesh: Mesh | None) -> str:
+    ranks = options.mesh.ranks or (None if mesh is None else mesh.size)
+    if ranks is None:
+        return cost_table(estimate(model, data, config, options.out), len(options.seed))
+    layout = Layout(ranks, options.feature_ranks, options.shard_model)
+    return mesh_table(*price(model, config, layout, options.mesh), config.tokens)
 
 
 def _model_and_data(options: TrainOptions) -> tuple[LoadedModel, Examples]:
