@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from crosslayer import (
     KL,
@@ -25,10 +26,13 @@ from crosslayer import (
     load_model,
     train,
 )
+from crosslayer.activations.capture import ModelSource, capture_all
 from crosslayer.distributed.alike import check_alike
 from crosslayer.distributed.group import team_of
 from crosslayer.distributed.mesh import join
+from crosslayer.distributed.model import spread
 from crosslayer.distributed.sharding import check_shares
+from crosslayer.models.prompts import prepare
 from crosslayer.training.fit import Interrupted
 from crosslayer.training.state import METRICS
 from crosslayer.training.trainer import Trainer
@@ -40,7 +44,9 @@ def config(**settings: Any) -> TrainConfig:
     return TrainConfig(**usual | {"calibration_tokens": 200, "auxk": AuxK(k=4), "seed": 1} | settings)
 
 
-def trained(model: str, run: str, n_feature: int, settings: dict[str, Any], stop_after: int = 0) -> str:
+def trained(
+    model: str, run: str, n_feature: int, settings: dict[str, Any], stop_after: int = 0, shard_model: bool = False
+) -> str:
     """Train on the ranks that there are; the last of them gets a signal in its n-th step."""
     mesh = join(n_feature)
     step = Trainer.step
@@ -53,7 +59,8 @@ def trained(model: str, run: str, n_feature: int, settings: dict[str, Any], stop
     resume = (Path(run) / "checkpoint").exists()
     try:
         with patch.object(Trainer, "step", struck):
-            train(load_model(model), text_examples(40), config(**settings), run, resume=resume, mesh=mesh)
+            data, how = text_examples(40), {"resume": resume, "mesh": mesh, "shard_model": shard_model}
+            train(load_model(model), data, config(**settings), run, **how)
     except Interrupted as stop:
         return str(stop)
     return ""
@@ -89,6 +96,37 @@ def test_a_signal_to_one_rank_stops_all_and_other_ranks_go_on(ranks, llama_folde
     assert stopped[0].startswith("stopped after")
     assert stopped == stopped[:1] * 2
     assert ranks.run(4, trained, str(llama_folder), run, 2, {}) == [""] * 4
+    assert_same_run(tmp_path / "many", tmp_path / "one")
+
+
+def spread_model(folder: str) -> tuple[int, int, bool, list[int]]:
+    """Numbers that a rank holds of a model and of all of it; whether it gives the same; tokens of two chunks."""
+    mesh, model, data = join(), load_model(folder), text_examples(40)
+    batch = prepare(model.model, model.processor, data[:3])
+    whole, n = capture_all(model, batch), sum(p.numel() for p in model.body.parameters())
+    spread(model, mesh)
+    own = sum(p.to_local().numel() for p in model.body.parameters() if isinstance(p, DTensor))
+    same = all(torch.equal(a, b) for a, b in zip(whole, capture_all(model, batch), strict=True))
+    source = ModelSource(model, data, chunk_prompts=5, batch_prompts=1, team=team_of(mesh), in_step=True)
+    return own, n, same, [len(source.chunk(index)) for index in range(2)]
+
+
+def test_a_model_spread_over_ranks_is_the_same_model_in_parts(ranks, llama_folder):
+    model, data = load_model(llama_folder), text_examples(40)
+    found = ranks.run(3, spread_model, str(llama_folder))
+    n = found[0][1]
+    assert sum(own for own, *_ in found) == n
+    assert max(own for own, *_ in found) < 0.5 * n
+    assert all(same for *_, same, _ in found)
+    source = ModelSource(model, data, chunk_prompts=5, batch_prompts=1)
+    assert [sum(tokens) for tokens in zip(*(chunks for *_, chunks in found), strict=True)] == [
+        len(source.chunk(index)) for index in range(2)
+    ]
+
+
+def test_ranks_train_on_a_model_that_they_hold_together(ranks, llama_folder, tmp_path):
+    train(load_model(llama_folder), text_examples(40), config(), tmp_path / "one")
+    assert ranks.run(2, trained, str(llama_folder), str(tmp_path / "many"), 1, {}, 0, True) == [""] * 2
     assert_same_run(tmp_path / "many", tmp_path / "one")
 
 

@@ -51,8 +51,6 @@ class TrainOptions:
     dry_run: bool = False
     """Print parameters, memory, disk and time for this machine, and what would fit where it does not; train nothing."""
     mesh: Annotated[MeshOptions, arg(name="")] = MeshOptions()  # noqa: RUF009
-    shard_model: bool = False
-    """Spread the language model's weights over all processes, instead of a copy in each."""
     resume: bool = False
     """Go on from the state in --out, to the result of an unbroken training."""
     overwrite: bool = False
@@ -123,21 +121,26 @@ class TrainOptions:
     """What the encoders read: resid (before the MLP's norm) or mlp_in (after)."""
     feature_ranks: int = 1
     """Under torchrun: processes that share the features of every layer; groups of so many share the prompts."""
+    shard_model: bool = False
+    """Under torchrun: spread the language model's weights over all processes, instead of a copy in each."""
     timeout: float = TIMEOUT
     """Under torchrun: seconds to wait for another process before giving up."""
     loading: Annotated[ModelOptions, arg(name="")] = AS_IT_IS
 
     def check_alone(self) -> None:
-        """Refuse options of a training by several processes where there is one.
+        """Refuse options of a training by several processes where there is one, and none is only priced.
 
         Raises:
             UserError: naming the option.
         """
-        if self.feature_ranks != 1 and self.mesh.ranks is None:
-            raise UserError(
-                f"--feature-ranks is {self.feature_ranks}, but there is one process; start as many with torchrun: "
-                f"torchrun --nproc-per-node {self.feature_ranks} -m crosslayer train ..."
-            )
+        if self.mesh.ranks is not None:
+            return
+        for name, given in (("feature-ranks", self.feature_ranks != 1), ("shard-model", self.shard_model)):
+            if given:
+                raise UserError(
+                    f"--{name} is given, but there is one process; start several with torchrun: "
+                    f"torchrun --nproc-per-node {max(2, self.feature_ranks)} -m crosslayer train ..."
+                )
 
     def check_store(self, store: Manifest) -> None:
         """Refuse a store of another model or read than the options name, and options that it has no use for.
@@ -155,6 +158,8 @@ class TrainOptions:
             raise UserError(f"{self.data} and a store are given; give DATA or --store, not both")
         if self.reading != Reading():
             raise UserError("options of how DATA is read are given with --store, which has been read; leave them out")
+        if self.shard_model:
+            raise UserError("--shard-model is given with --store, which needs no language model; leave it out")
         if self.dry_run:
             raise UserError("--dry-run prices a training with its captures; give DATA instead of --store")
 

@@ -20,6 +20,7 @@ from crosslayer.distributed.alike import check_alike, digest_of_examples, digest
 from crosslayer.distributed.checkpoint import has_checkpoint, remove
 from crosslayer.distributed.group import team_of
 from crosslayer.distributed.mesh import Mesh
+from crosslayer.distributed.model import spread
 from crosslayer.distributed.sharding import check_shares, parallelise
 from crosslayer.distributed.state import CHECKPOINT, ShardedState, export_rows
 from crosslayer.errors import UserError
@@ -54,6 +55,7 @@ def train(
     overwrite: bool = False,
     checkpoint_seconds: float = 60.0,
     mesh: Mesh | None = None,
+    shard_model: bool = False,
 ) -> CrossLayerTranscoder:
     """Train a transcoder on a stream of the model's activations and save it as a run.
 
@@ -68,15 +70,18 @@ def train(
         overwrite: replace the run that `out` holds.
         checkpoint_seconds: time between two states on disk.
         mesh: the ranks that train together, each of which calls this; what is returned is this rank's rows.
+        shard_model: spread the model's weights over the ranks, in place, instead of a copy in each.
 
     Raises:
         UserError: for settings that cannot work, and for a training that stops making sense.
         Interrupted: after Ctrl-C; the state is kept.
     """
+    if shard_model and not isinstance(config.loss, FVU):
+        raise UserError("an end-to-end loss runs the model backwards too, which --shard-model cannot; leave it out")
     team = ALONE if mesh is None else team_of(mesh)
-    source = ModelSource(model, data, seed=config.seed, team=team)
+    source = ModelSource(model, data, seed=config.seed, team=team, in_step=shard_model)
     origin = Provenance(model.id, model.revision, model.sites.read)
-    job = _Job(source, origin, {"n_examples": len(data)}, model.n_layers, model.d_model, mesh, model, data)
+    job = _Job(source, origin, {"n_examples": len(data)}, model.n_layers, model.d_model, mesh, model, data, shard_model)
     return _run(job, config, Path(out), start, resume, overwrite, checkpoint_seconds)
 
 
@@ -125,6 +130,7 @@ class _Job:
     mesh: Mesh | None
     model: LoadedModel | None = None
     data: Sequence[Example] | None = None
+    shard_model: bool = False
 
     @property
     def team(self) -> Team:
@@ -150,6 +156,8 @@ def _run(
             check_folder(run, overwrite)
     source, origin = job.source, job.origin
     _check_alike(job, config)
+    if job.shard_model and job.model is not None and job.mesh is not None:
+        spread(job.model, job.mesh)
     context = {"model": origin.model_id, "revision": origin.revision, "read": origin.read, **job.context}
     context["start"] = None if start is None else str(start)
     states = StateFile(run, context) if job.mesh is None else ShardedState(run, context, job.mesh)

@@ -1,6 +1,8 @@
 """Running a frozen model on examples and keeping what its MLPs read and write."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from math import ceil
 from typing import Any
 
 import torch
@@ -92,7 +94,8 @@ class ModelSource:
 
     Examples are visited in an order drawn anew for each epoch from `seed`. A chunk is the next few hundred of them,
     or as many as fit into `chunk_bytes`, captured in batches of `batch_prompts`. In a team every process runs the model
-    on its share of them, and those that look at the same tokens tell each other what they captured.
+    on its share of them, and those that look at the same tokens tell each other what they captured; `in_step`, each as
+    often as the others, which a model that they hold together needs.
     """
 
     def __init__(
@@ -105,10 +108,11 @@ class ModelSource:
         chunk_bytes: int = CHUNK_BYTES,
         batch_prompts: int = 64,
         team: Team = ALONE,
+        in_step: bool = False,
     ):
         if not len(examples):
             raise UserError("the data set is empty; give at least one example")
-        self.team = team
+        self.team, self.in_step = team, in_step
         self.model, self.examples, self.seed, self.device = model, examples, seed, model.device
         self.tokens_a_prompt = _tokens_a_prompt(model, examples)
         bytes_a_token = 2 * model.n_layers * model.d_model * model.model.dtype.itemsize
@@ -141,6 +145,8 @@ class ModelSource:
         Examples that turn out to be bad are left out; a batch of nothing else is empty.
         """
         for batch, numbers in one_ahead(self._prepared, batches):
+            if batch is None and self.in_step:
+                _captured(self.model, *self._some_good, self.model.model.dtype)
             yield _captured(self.model, batch, numbers, dtype or self.model.model.dtype)
 
     def prompts(self, start: int, n: int) -> list[Example]:
@@ -162,15 +168,28 @@ class ModelSource:
             self.examples.skipped.spread(self.team.everyone)
 
     def _own_batches(self, index: int) -> list[list[int]]:
-        """This process's share of a chunk."""
-        mine = share(self.team.everyone, self.chunk_prompts)
-        return self._in_batches(index * self.chunk_prompts + mine.start, len(mine))
+        """This process's share of a chunk; `in_step`, as many batches as anybody has, the last ones empty."""
+        mine, everyone = share(self.team.everyone, self.chunk_prompts), self.team.everyone
+        batches = self._in_batches(index * self.chunk_prompts + mine.start, len(mine))
+        most = ceil(ceil(self.chunk_prompts / everyone.size) / self.batch_prompts) if self.in_step else 0
+        return batches + [[]] * (most - len(batches))
+
+    @cached_property
+    def _some_good(self) -> tuple[Batch, list[int]]:
+        """A prompt that is not bad, and its number."""
+        for number in range(len(self.examples)):
+            batch, numbers = self._prepared([number])
+            if batch is not None:
+                return batch, numbers
+        raise UserError("all examples of the data set are bad")
 
     def _in_batches(self, start: int, n: int) -> list[list[int]]:
         chosen = [self._example(i) for i in range(start, start + n)]
         return [chosen[first : first + self.batch_prompts] for first in range(0, n, self.batch_prompts)]
 
     def _prepared(self, numbers: list[int]) -> tuple[Batch | None, list[int]]:
+        if not numbers:
+            return None, []
         return prepare_good(self.model.model, self.model.processor, self.examples, numbers)
 
     def _example(self, n: int) -> int:

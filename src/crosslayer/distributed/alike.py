@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from crosslayer.data.examples import Example
 from crosslayer.errors import UserError
@@ -54,7 +55,9 @@ def digest_of_weights(model: nn.Module) -> str:
 
 
 def _some(name: str, parameter: Tensor) -> bytes:
-    few = parameter.detach().flatten()[:LOOKED_AT].float().cpu()
+    whole = parameter.detach()
+    whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+    few = whole.flatten()[:LOOKED_AT].float().cpu()
     return repr((name, tuple(parameter.shape), few.tolist())).encode()
 
 

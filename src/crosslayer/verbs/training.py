@@ -81,7 +81,10 @@ def _train(options: TrainOptions, mesh: Mesh | None) -> None:
         n_layers = store.manifest.n_layers
     else:
         loaded, data = _model_and_data(options)
-        run_one, n_layers = partial(run_training, loaded, data, mesh=mesh), loaded.n_layers
+        run_one, n_layers = (
+            partial(run_training, loaded, data, mesh=mesh, shard_model=options.shard_model),
+            loaded.n_layers,
+        )
         if options.dry_run:
             config = options.config(n_layers, start, options.seed[0])
             if is_first:
