@@ -35,7 +35,7 @@ def test_a_change_is_that_of_a_bootstrap_over_images_by_hand():
     assert found.difference.value == pytest.approx(gaps.mean())
     assert found.relative == pytest.approx(gaps.mean() / before.mean())
     assert [found.difference.low, found.difference.high] == pytest.approx([drawn[100], drawn[3899]], abs=0.02)
-    assert (found.gained, found.lost) == ((after & ~before).sum(), (before & ~after).sum())
+    assert (found.gained, found.lost) == ((by_image > 0).sum(), (by_image < 0).sum())
     assert (found.n_images, found.clear) == (60, True)
 
 

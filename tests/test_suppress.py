@@ -1,7 +1,6 @@
 """Suppression's parts: gradients are finite differences, a planted cause is found, strengths are chosen by the rule."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,11 @@ from crosslayer.hallucination.labelling import Said, label
 from crosslayer.hallucination.responses import Query
 from crosslayer.hallucination.suppress.calibration import Calibration, at_kl
 from crosslayer.hallucination.suppress.figures import Dose, asked_again, figures
-from crosslayer.hallucination.suppress.objective import Objective, Weighing, as_it_is
+from crosslayer.hallucination.suppress.objective import Objective, Weighing
 from crosslayer.hallucination.suppress.selection import Given, Greedy, Ranked, Windows, measured, under
 from crosslayer.hallucination.suppress.strengths import removed, turned_down
 from crosslayer.hallucination.synonyms import EMOJI, load_table
+from crosslayer.replacement.prefix import AS_IT_IS
 from making import array, finished_coder
 from test_interventions import CODERS, coder_of, double, logits_of  # noqa: F401
 from test_replacement import batch_of
@@ -83,7 +83,7 @@ def test_the_gradient_is_a_finite_difference_of_the_edited_model(double, where):
             for s in range(3)
             for f in range(24)
         ]
-        return objective.measure(partial(under, double, coder, edits, 1.0)).value
+        return objective.measure(under(double, coder, edits, 1.0)).value
 
     assert terms.value == pytest.approx(value(strengths), abs=1e-9)
     assert gradient.abs().max() > 0.01
@@ -95,7 +95,7 @@ def test_the_gradient_is_a_finite_difference_of_the_edited_model(double, where):
 
 def test_the_objective_is_its_definition(double):  # noqa: F811
     objective = Objective(double, responses(double), HERE, SMALL)
-    coder, terms = finished_coder(Wiring.full(3)).double(), objective.measure(as_it_is)
+    coder, terms = finished_coder(Wiring.full(3)).double(), objective.measure(AS_IT_IS)
     assert (terms.kl, len(objective.hallucinated)) == (pytest.approx(0, abs=1e-9), 2)
     margins = []
     for decision in objective.hallucinated:
@@ -130,7 +130,7 @@ def planted(model, weight=3.0):
 def test_greedy_and_ranking_find_the_one_feature_that_causes_the_margin(llama):
     weighing = Weighing(at_least=1, slack=20.0, collateral=0.1)  # a random model's margins are far below 0
     objective = Objective(llama, [response(llama, i, *said) for i, said in enumerate(SAID)], HERE, weighing)
-    coder, start = planted(llama), objective.measure(as_it_is).value
+    coder, start = planted(llama), objective.measure(AS_IT_IS).value
     alone = {
         (s, f): measured(objective, coder, [Intervention(layer=s, feature=f, action=Ablate(), where=TEXT)]).value
         for s in range(3)
@@ -157,7 +157,7 @@ def test_windows_keep_the_one_at_which_the_objective_is_least(llama):
     (kept,) = [i for i, step in enumerate(found.path[1:]) if step.kept]
     assert values[kept] == min(values)
     assert {edit.where for edit in found.edits} == {windows[kept]}
-    assert values[2] == pytest.approx(objective.measure(as_it_is).value, abs=1e-6)  # there are no images
+    assert values[2] == pytest.approx(objective.measure(AS_IT_IS).value, abs=1e-6)  # there are no images
 
 
 def test_too_little_to_choose_by_is_refused(llama):
@@ -181,6 +181,16 @@ def test_the_strength_is_the_one_with_least_hallucination_that_loses_little():
         Calibration(strengths=(0.0, -1.0))
 
 
+@pytest.mark.parametrize(("pooled", "alone", "strength"), [(0.99, 0.98, 1), (0.98, 0.99, 0), (0.99, 0.97, 0)])
+def test_a_figure_of_few_responses_may_lose_twice_as_much(pooled, alone, strength):
+    names = ("partner_recall", "beside_its_lead_named")
+    curve = [
+        Dose(strength=s, kl=0.0, figures={"chair_s": 0.8 - 0.5 * s, **dict(zip(names, recalls, strict=True))})
+        for s, recalls in ((0.0, (1.0, 1.0)), (1.0, (pooled, alone)))
+    ]
+    assert Calibration(points=1.0).choose(curve).strength == strength
+
+
 def test_curves_are_compared_at_equal_kl():
     curve = [dose(-1, 0.9, 1, 0.5), dose(0, 0.8, 1), dose(1, 0.4, 1, 0.02), dose(2, 0.2, 1, 0.06)]
     assert at_kl(curve, "chair_s", 0.03) == pytest.approx(0.35)
@@ -201,6 +211,7 @@ def test_figures_count_what_is_lost_and_what_is_left():
     assert (found["object_recall"], found["absent_named"]) == (0.75, 0.5)
     assert (found["beside_its_lead_named"], found["beside_its_lead_affirmed"]) == (0, 0)
     assert "without_its_lead_named" not in found
+    assert found["partner_recall"] == 0
 
 
 def test_queries_are_chosen_by_what_is_asked_and_not_by_what_was_answered():

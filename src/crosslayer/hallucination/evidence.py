@@ -35,11 +35,11 @@ class Change:
     n_images: int
     """With a part in the measure."""
     gained: int
-    """Responses that the measure counts after the edit, not before; of a measure that is yes or no a response."""
+    """Images of which the measure counts more responses after the edit."""
     lost: int
-    """Responses that it counts before the edit, not after."""
+    """Images of which it counts fewer."""
     p_value: float
-    """McNemar's exact test of gained against lost."""
+    """The exact sign test of gained against lost; where an image has one yes or no, that is McNemar's."""
     images_needed: int | None
     """For a true difference of this size to be told from zero at the 95 % level with 80 % power; None for no size."""
 
@@ -70,8 +70,7 @@ def change(
     sums = sums[:, (sums[1] != 0) | (sums[3] != 0)]
     old, new = figure(measure, before, resamples=resamples), figure(measure, after, resamples=resamples)
     difference, error = _difference(sums, resamples, seed)
-    gained = int(((theirs[0] > 0) & (ours[0] <= 0)).sum())
-    lost = int(((ours[0] > 0) & (theirs[0] <= 0)).sum())
+    gained, lost = int((sums[2] > sums[0]).sum()), int((sums[2] < sums[0]).sum())
     return Change(
         name=measure.name,
         before=old,
@@ -87,7 +86,7 @@ def change(
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """P-value of as uneven a split of the responses that changed, if both ways were as likely (McNemar 1947)."""
+    """P-value of as uneven a split of what changed, if both ways were as likely (McNemar 1947)."""
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 

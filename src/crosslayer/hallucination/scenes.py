@@ -15,7 +15,7 @@ IMAGES = "images"
 
 
 def scene_task(n: int, *, questions: int = 3, split: str = "test", seed: int = 0) -> Task:
-    """A caption of `n` scenes of each kind, and POPE's questions about them.
+    """A caption of `n` scenes of each kind, and POPE's questions about them; all captions first, see `caption_task`.
 
     Adversarial questions ask about what the training texts name beside the objects that are there, seen or not: for a
     lead without its partner, that partner first.
@@ -27,14 +27,16 @@ def scene_task(n: int, *, questions: int = 3, split: str = "test", seed: int = 0
         seed: of the scenes and questions.
     """
     counts = Counts.of(scene.named for scene in scenes("training", COUNTED, seed=seed))
-    queries: list[Query] = []
+    captions, questions_asked = list[Query](), list[Query]()
     by_image: dict[str, Scene] = {}
     for kind in KINDS:
         for number, scene in enumerate(scenes(kind, n, seed=seed, split=split)):
             caption = _caption(f"{split}-{seed}-{kind}-{number}", kind, scene)
             asked = asked_about(caption.image_id, caption.truth, OBJECTS, counts, questions, seed)
-            queries += [caption, *questions_about(caption, asked, question)]
+            captions.append(caption)
+            questions_asked += questions_about(caption, asked, question)
             by_image[caption.image_id] = scene
+    queries = [*captions, *questions_asked]
     return Task(
         name=EMOJI_SCENES,
         queries=queries,

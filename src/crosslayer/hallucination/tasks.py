@@ -82,7 +82,9 @@ def caption_task(
     question_text: str = QUESTION_TEXT,
     seed: int = 0,
 ) -> Task:
-    """A caption of every picture whose objects are known, and POPE's questions about it.
+    """A caption of every picture whose objects are known, then POPE's questions about all of them.
+
+    Captions and questions are kept apart, as a batch takes as long as its longest answer.
 
     Args:
         data: pictures with a prompt; of rows with the same picture the first counts.
@@ -107,19 +109,19 @@ def caption_task(
             numbers.setdefault(known, number)
         else:
             data.skipped.note(example.id, f"image {known} is not in the annotations")
-    queries, places = [], []
+    captions, questions_asked = list[tuple[Query, int]](), list[tuple[Query, int]]()
     for known, number in numbers.items():
         caption = _query(data[number], f"{known}:caption", CAPTION, tuple(truths[known]))
         asked = asked_about(known, caption.truth, objects, counts, questions, seed)
-        queries += [
-            caption,
-            *questions_about(caption, asked, lambda name: question_text.replace("{}", with_article(name))),
-        ]
-        places += [number] * (1 + len(asked))
-    if not queries:
+        about = questions_about(caption, asked, lambda name: question_text.replace("{}", with_article(name)))
+        captions.append((caption, number))
+        questions_asked += [(query, number) for query in about]
+    if not captions:
         raise UserError(
             f"{data.name}: none of its {len(data):,} images is in the annotations; give those of its images"
         )
+    both = [*captions, *questions_asked]
+    queries, places = [query for query, _ in both], [number for _, number in both]
     return Task(
         name=data.name, queries=queries, table=table, picture=lambda i: data[places[i]].image, skipped=data.skipped
     )

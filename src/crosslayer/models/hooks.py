@@ -146,7 +146,7 @@ def _shaped(site: Site, call: OnRead) -> Iterator[OnRead]:
 
     handle = site.layer.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        yield lambda index, tensor: call(index, tensor.reshape(shape))
+        yield lambda index, tensor: call(index, _reshaped(tensor, shape))
     finally:
         handle.remove()
 
@@ -187,7 +187,7 @@ def _added(site: Site, addition: OnRead, index: int) -> Callable[[nn.Module, tup
         tensor = output if isinstance(output, Tensor) else output[0]
         more = addition(index, tensor if site.scale is None else tensor * site.scale)
         more = more if site.scale is None else more / site.scale
-        total = tensor + more.to(tensor).reshape(tensor.shape)
+        total = tensor + _reshaped(more.to(tensor), tensor.shape)
         return total if isinstance(output, Tensor) else (total, *output[1:])
 
     return hook
@@ -195,7 +195,14 @@ def _added(site: Site, addition: OnRead, index: int) -> Callable[[nn.Module, tup
 
 def _first(*args: Any, **kwargs: Any) -> Tensor:
     """The first tensor among the arguments of a module."""
+    if args and isinstance(args[0], Tensor):
+        return args[0]
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def _reshaped(tensor: Tensor, shape: Size) -> Tensor:
+    """In this shape, at no cost where it has it already."""
+    return tensor if tensor.shape == shape else tensor.reshape(shape)
 
 
 @contextmanager

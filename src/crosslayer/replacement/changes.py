@@ -1,6 +1,7 @@
-"""What the edits of one layer change: of what its features write, or of a site along directions.
+"""What the edits of one layer change: of its features' activity, or of a site along directions.
 
 Axes: B prompts, P positions of the pass, D d_model, S source layers, F features a layer, U of them that are edited,
+K what is counted of these (activations, and beside them whether each is active where that writes something, too),
 T targets of the layer.
 """
 
@@ -16,7 +17,7 @@ from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.replacement.actions import Action
 from crosslayer.replacement.interventions import Intervention, Steer
 from crosslayer.replacement.passes import Passes
-from crosslayer.replacement.where import Everywhere, Where
+from crosslayer.replacement.where import Where
 
 
 @dataclass
@@ -28,6 +29,17 @@ class _Step:
     action: Action
     columns: list[int]
     """Of the features among those edited."""
+
+    def changed(self, acts: Float[Tensor, "B P U"], passes: Passes) -> Float[Tensor, "B P U"]:
+        """The activations after the action."""
+        mask = passes.mask(self.where, acts).unsqueeze(2)
+        if self.rows == slice(None) and len(self.columns) == acts.shape[2]:
+            return torch.where(mask, self.action(acts), acts)
+        new = acts.clone()
+        part = new[self.rows]
+        old = part[:, :, self.columns]
+        part[:, :, self.columns] = torch.where(mask[self.rows], self.action(old), old)
+        return new
 
 
 class FeatureEdits:
@@ -59,24 +71,18 @@ class FeatureEdits:
         i = coder.sources.index(layer)
         self.thresholds = None if thresholds is None else thresholds[i][self.of].detach().clamp_min(0)
         self.W_enc, self.b_enc = fetch_rows(coder.W_enc[i], self.of).detach(), coder.b_enc[i][self.of].detach()
-        self.vectors = coder.decoder.vectors(i, self.of).detach().flatten(1)
-        constants = coder.decoder.constants(i, self.of)
-        self.constants = None if constants is None else constants.detach().flatten(1)
+        vectors, constants = coder.decoder.vectors(i, self.of), coder.decoder.constants(i, self.of)
+        self.constant = constants is not None
+        self.vectors: Float[Tensor, "K T D"] = (
+            vectors if constants is None else torch.cat([vectors, constants])
+        ).detach()
 
-    def change(self, x: Float[Tensor, "B P D"], passes: Passes) -> Float[Tensor, "B P T D"]:
-        """What the features write to each target after the actions, less what they write as it is."""
-        acts = self.activations(x.to(self.b_enc))
-        acts = acts * passes.mask(Everywhere(), acts)[:, :, None]
-        new = acts.clone()
+    def change(self, x: Float[Tensor, "B P D"], passes: Passes) -> Float[Tensor, "B P K"]:
+        """The activations after the actions, less those before; the same of whether each feature is active."""
+        acts = new = self.activations(x.to(self.b_enc))
         for step in self.steps:
-            mask, part = passes.mask(step.where, new)[step.rows, :, None], new[step.rows]
-            columns = slice(None) if len(step.columns) == len(self.of) else step.columns
-            old = part[:, :, columns]
-            part[:, :, columns] = torch.where(mask, step.action(old), old)
-        out = (new - acts) @ self.vectors
-        if self.constants is not None:
-            out = out + ((new > 0).to(out) - (acts > 0).to(out)) @ self.constants
-        return out.unflatten(2, (len(self.targets), -1))
+            new = step.changed(new, passes)
+        return torch.cat([new - acts, (new > 0).to(acts) - (acts > 0).to(acts)], 2) if self.constant else new - acts
 
     def activations(self, x: Float[Tensor, "B P D"]) -> Float[Tensor, "B P U"]:
         """Of the features edited, as in the replacement model, first positions included."""

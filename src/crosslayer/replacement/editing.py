@@ -5,11 +5,13 @@ stream, a' what the interventions make of them, and w what features write: the e
 that without a change the model is what it was, bit by bit. Source: "Circuit Tracing" (Anthropic 2025), section
 "Validating attribution graph hypotheses with interventions".
 
-Axes: B prompts, P positions of the pass, D d_model, T layers whose writes change.
+Axes: B prompts, P positions of the pass, D d_model, C all that changes of the features of all layers, K that of one
+layer, in its columns of C.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -91,8 +93,11 @@ class Deltas:
         for edit, row in placed:
             if isinstance(edit, Steer):
                 self.directions.setdefault((edit.site, edit.layer), DirectionEdits([])).steps.append((edit, row))
-        self.place = {target: place for place, target in enumerate(self.targets)}
-        self.total: Tensor | None = None
+        ends = list(accumulate((len(own.vectors) for own in self.features.values()), initial=0))
+        self.columns = {layer: slice(*ends[i : i + 2]) for i, layer in enumerate(self.features)}
+        self.written = self._written()
+        self.changed: Tensor | None = None
+        self.steered: dict[int, Tensor] = {}
 
     @property
     def read_layers(self) -> list[int]:
@@ -129,30 +134,39 @@ class Deltas:
             yield
 
     def _start(self, _: dict[str, Any]) -> None:
-        self.total = None
+        self.changed, self.steered = None, {}
 
     def steer(self, layer: int, x: Float[Tensor, "B P D"]) -> Float[Tensor, "B P D"]:
         """What is added to the stream that a layer's MLP reads; its write takes it on to what follows."""
-        more = self.strength * self.directions["read", layer].change(x, self.passes)
-        self._so_far(x)[:, :, self.place[layer]] += more
-        return more.to(x)
+        self.steered[layer] = self.strength * self.directions["read", layer].change(x, self.passes)
+        return self.steered[layer].to(x)
 
     def read(self, layer: int, x: Float[Tensor, "B P D"]) -> None:
-        """Add up what the layer's features, changed, write more or less than before."""
-        own, total = self.features[layer], self._so_far(x)
-        first = self.place[own.targets[0]]
-        total[:, :, first : first + len(own.targets)] += self.strength * own.change(x, self.passes).to(total)
+        """Note what changes of the layer's features."""
+        change = self.features[layer].change(x, self.passes)
+        if self.changed is None:
+            self.changed = change.new_empty(*change.shape[:2], max(columns.stop for columns in self.columns.values()))
+        self.changed[..., self.columns[layer]] = change
 
     def added(self, layer: int, write: Float[Tensor, "B P D"]) -> Float[Tensor, "B P D"]:
         """What is added to the write of a layer, once all its sources have been read."""
-        more = self._so_far(write)[:, :, self.place[layer]].to(write)
+        more: Any = 0.0
+        if layer in self.written and self.changed is not None:
+            columns, vectors = self.written[layer]
+            more = (self.changed[..., columns] @ vectors).to(write)
+        if layer in self.steered:
+            more = more + self.steered[layer].to(write)
         if ("write", layer) in self.directions:
             more = more + self.strength * self.directions["write", layer].change(write + more, self.passes)
         return more
 
-    def _so_far(self, x: Float[Tensor, "B P D"]) -> Float[Tensor, "B P T D"]:
-        """What is added to each target, as far as this pass has come; in float32 at least."""
-        if self.total is None:
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            self.total = x.new_zeros(*x.shape[:2], len(self.place), x.shape[2], dtype=dtype)
-        return self.total
+    def _written(self) -> dict[int, tuple[slice, Float[Tensor, "K D"]]]:
+        """Of each layer that features write to: the columns of its sources, and what each writes at this strength."""
+        found = {}
+        for target in sorted({target for own in self.features.values() for target in own.targets}):
+            sources = [layer for layer, own in self.features.items() if target in own.targets]  # neighbours in C
+            owned = [self.features[layer] for layer in sources]
+            vectors = torch.cat([own.vectors[:, target - own.targets[0]] for own in owned])
+            columns = slice(self.columns[sources[0]].start, self.columns[sources[-1]].stop)
+            found[target] = columns, self.strength * vectors
+        return found

@@ -46,7 +46,7 @@ def suppress(
     control_images: Annotated[
         int, arg(help="Images of the test on which chance is measured.")
     ] = Protocol.control_images,
-    seed: Annotated[int, arg(help="Seed of the splits and of all that is drawn.")] = 0,
+    seed: Annotated[int, arg(help="Seed of the splits, of all that is drawn, and of scenes to score first.")] = 0,
     batch_prompts: Annotated[int, arg(help="Prompts in one pass.")] = Protocol.batch_prompts,
     again: Annotated[bool, arg(help="Test once more what was tested with other settings; the files count it.")] = False,
     model: OtherModel = None,
@@ -69,6 +69,7 @@ def suppress(
             out=out,
             truth=Truth(questions=1),
             limit=SCENES,
+            seed=seed,
             batch_prompts=batch_prompts,
             loading=loading,
         )

@@ -1,6 +1,6 @@
 """Which answers are traced: hallucinated ones, true ones that match them, and others."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,9 @@ def unsaid(response: Response, mention: Mention) -> str | None:
 
 
 def choose_sets(made: Sequence[Decision], n: int, seed: int) -> dict[str, list[Decision]]:
-    """Decisions of each set, at most `n` of the first two and half as many of the last.
+    """Decisions of each set, at most `n` of the first two and half as many of the last, no two of one image.
+
+    So what tests and bootstraps take for independent is.
 
     Raises:
         UserError: when there is nothing to choose from.
@@ -54,11 +56,30 @@ def choose_sets(made: Sequence[Decision], n: int, seed: int) -> dict[str, list[D
             "hallucination score MODEL` does"
         )
     order = [made[i] for i in np.random.default_rng(seed).permutation(len(made))]
-    hallucinated = [d for d in order if d.hallucinated][:n]
-    true = _matched(hallucinated, [d for d in order if not d.hallucinated])
+    hallucinated = _one_an_image(d for d in order if d.hallucinated)[:n]
+    true = _matched(hallucinated, [d for d in _elsewhere(order, hallucinated) if not d.hallucinated])
     ever = {d.mention.object for d in made if d.hallucinated}
-    apart = [d for d in order if d.mention.object not in ever and _shows_more(d.response)]
+    left = _elsewhere(order, [*hallucinated, *true])
+    apart = _one_an_image(d for d in left if d.mention.object not in ever and _shows_more(d.response))
     return {HALLUCINATED: hallucinated, TRUE: true, REFERENCE: apart[: n // 2]}
+
+
+def _image(decision: Decision) -> str:
+    return decision.response.image_id
+
+
+def _one_an_image(made: Iterable[Decision]) -> list[Decision]:
+    """The first of each image."""
+    first: dict[str, Decision] = {}
+    for decision in made:
+        first.setdefault(_image(decision), decision)
+    return list(first.values())
+
+
+def _elsewhere(made: Sequence[Decision], taken: Sequence[Decision]) -> list[Decision]:
+    """Those on other images."""
+    images = {_image(d) for d in taken}
+    return [d for d in made if _image(d) not in images]
 
 
 def _shows_more(response: Response) -> bool:
@@ -69,9 +90,12 @@ def _shows_more(response: Response) -> bool:
 def _matched(these: Sequence[Decision], those: Sequence[Decision]) -> list[Decision]:
     """One of those for each of these, the likest that is left, so long as there are some."""
     left, found = list(those), []
-    for one in these[: len(left)]:
+    for one in these:
         distances = [(other.mention.object != one.mention.object, abs(other.place - one.place)) for other in left]
-        found.append(left.pop(min(range(len(left)), key=distances.__getitem__)))
+        if not left:
+            break
+        found.append(left[min(range(len(left)), key=distances.__getitem__)])
+        left = _elsewhere(left, found[-1:])
     return found
 
 

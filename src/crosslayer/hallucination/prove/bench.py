@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from hashlib import blake2b
 from typing import Any
 
@@ -15,10 +15,10 @@ from crosslayer.hallucination.decisions import decisions
 from crosslayer.hallucination.prove.biasing import bias_for, biased
 from crosslayer.hallucination.responses import CAPTION, QUESTION, YES, Response, read_responses, write_responses
 from crosslayer.hallucination.suppress.figures import Panel, asked_again, figures
-from crosslayer.hallucination.suppress.objective import Under, as_it_is
 from crosslayer.hallucination.suppress.outcome import Outcome
 from crosslayer.hallucination.suppress.protocol import Trial
 from crosslayer.hallucination.suppress.selection import under
+from crosslayer.replacement.prefix import AS_IT_IS, Under
 
 FOLDER = "report"
 """Of what is tried here, in the folder of results."""
@@ -86,7 +86,7 @@ class Bench:
 
     def edit(self, outcome: Outcome, strength: float) -> Under:
         """A method's edit at a strength; the model as it is where the method found nothing to edit."""
-        return partial(under, self.trial.model, self.coder(outcome.method), outcome.edits, strength)
+        return under(self.trial.model, self.coder(outcome.method), outcome.edits, strength)
 
     def at(self, outcome: Outcome, strength: float, panel: Panel, name: str) -> Tried:
         """Answers under a method's edit at a strength; `name` tells this panel from others."""
@@ -118,7 +118,7 @@ class Bench:
         same, n, model = 0, 0, self.trial.model
         for some, batch in self.trial.control.batches:
             plain = model.model(**batch.inputs, use_cache=False).logits
-            with self.edit(self.kept, 0.0)(batch):
+            with self.edit(self.kept, 0.0).on(batch):
                 edited = model.model(**batch.inputs, use_cache=False).logits
             same += int((plain == edited).flatten(1).all(1).sum())
             n += len(some)
@@ -147,7 +147,7 @@ class Bench:
         edit = self.edit(self.kept, self.kept.strength or 0.0)
         times: dict[str, list[float]] = {"plain": [], "edited": []}
         for _ in range(ROUNDS):
-            times["plain"].append(_seconds_a_token(panel, as_it_is))
+            times["plain"].append(_seconds_a_token(panel, AS_IT_IS))
             times["edited"].append(_seconds_a_token(panel, edit))
         return {name: min(some) for name, some in times.items()}
 
@@ -157,13 +157,13 @@ class Bench:
         tokenizer = getattr(self.trial.model.processor, "tokenizer", self.trial.model.processor)
 
         def edit(bias: float) -> Under:
-            return lambda _: biased(self.trial.model, tokens, bias)
+            return Under(lambda _: biased(self.trial.model, tokens, bias), ())
 
         def make() -> tuple[dict[str, Any], list[Response]]:
             panel = self._panel("calibrate", kind)
-            bias = bias_for(lambda bias: figures(panel.ask(edit(bias)))[measure], wanted)
-            got = figures(panel.ask(edit(bias)))[measure]
-            return {"bias": bias, "got": got}, self._panel("test", kind).ask(edit(bias))
+            figure = cache(lambda bias: figures(panel.ask(edit(bias)))[measure])
+            bias = bias_for(figure, wanted)
+            return {"bias": bias, "got": figure(bias)}, self._panel("test", kind).ask(edit(bias))
 
         record, answers = self._once(name, (self.kept.digest, wanted, tuple(tokens)), make)
         words = tuple(str(tokenizer.decode([token])).strip() for token in tokens)

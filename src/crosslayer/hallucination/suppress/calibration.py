@@ -1,17 +1,21 @@
 """How strongly to edit: the strength with least hallucination whose losses are bounded, on images of their own."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from crosslayer.errors import UserError
-from crosslayer.hallucination.suppress.figures import HALLUCINATION, RETAINED, Dose
+from crosslayer.hallucination.measures import Measure
+from crosslayer.hallucination.suppress.figures import HALLUCINATION, POOLED, RETAINED, Dose
 
 RULE = (
-    "of the strengths above 0 at which no retained figure is more than {points:g} points below that of strength 0, the "
-    "one with least hallucination: the mean of chair_s and false_yes, each relative to strength 0; none: 0"
+    "of the strengths above 0 at which object_recall, yes_recall and partner_recall are at most {points:g} points "
+    "below those of strength 0, and every retained figure by itself at most {alone:g}, the one with least "
+    "hallucination: the mean of chair_s and false_yes, each relative to strength 0; none: 0"
 )
+ALONE = 2.0
+"""How many times as much a figure of few responses may lose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +26,11 @@ class Calibration:
         UserError: for no strength, or a bound below 0.
     """
 
-    strengths: tuple[float, ...] = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5)
+    strengths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5)
     """Shares of the full edit; 0 is always tried, and those below it add what the edit takes away."""
     points: float = 1.0
-    """That any retained figure may lose, in points of a hundred; as these are other images than those of the test,
-    twice as much is to be expected there."""
+    """That recalls may lose, in points of a hundred. Each kind of planted partner by itself may lose twice as much: it
+    is a figure of few responses, of which one more or less would decide."""
 
     def __post_init__(self):
         if not any(strength > 0 for strength in self.strengths) or self.points < 0:
@@ -37,18 +41,22 @@ class Calibration:
     @property
     def rule(self) -> str:
         """How the strength is chosen, in words."""
-        return RULE.format(points=self.points)
+        return RULE.format(points=self.points, alone=ALONE * self.points)
 
     def choose(self, doses: Sequence[Dose]) -> Dose:
         """The dose that the rule chooses; `doses` hold one of strength 0."""
         base = next(dose for dose in doses if dose.strength == 0)
-        allowed = [d for d in doses if d.strength > 0 and losses(d, base) <= self.points / 100 + 1e-9]
+        allowed = [d for d in doses if d.strength > 0 and self._allows(d, base)]
         return min([base, *allowed], key=lambda d: (left(d, base), d.strength))
 
+    def _allows(self, dose: Dose, base: Dose) -> bool:
+        bound = self.points / 100 + 1e-9
+        return losses(dose, base, POOLED) <= bound and losses(dose, base) <= ALONE * bound
 
-def losses(dose: Dose, base: Dose) -> float:
+
+def losses(dose: Dose, base: Dose, measures: Collection[Measure] = RETAINED) -> float:
     """The largest loss of a retained figure, as a share."""
-    names = [measure.name for measure in RETAINED if measure.name in base.figures]
+    names = [measure.name for measure in measures if measure.name in base.figures]
     return max((base.figures[name] - dose.figures[name] for name in names), default=0.0)
 
 

@@ -15,13 +15,14 @@ from crosslayer.hallucination.measures import Measure
 from crosslayer.hallucination.planted import PLANTED
 from crosslayer.hallucination.pope import ADVERSARIAL, POPE
 from crosslayer.hallucination.responses import CAPTION, QUESTION, YES, Response
-from crosslayer.hallucination.suppress.objective import Collateral, Under, as_it_is, batches, group
+from crosslayer.hallucination.suppress.objective import Collateral, batches, group
 from crosslayer.hallucination.suppress.selection import under
 from crosslayer.hallucination.synonyms import SynonymTable
 from crosslayer.models.load import LoadedModel
 from crosslayer.models.prompts import prepare
 from crosslayer.replacement.interventions import Edit
-from crosslayer.replacement.model import as_text, continuation, without_end
+from crosslayer.replacement.model import as_text, without_end
+from crosslayer.replacement.prefix import AS_IT_IS, Prefixes, Under
 
 
 def _of(kind: str, measure: Measure) -> Measure:
@@ -53,6 +54,12 @@ RETAINED = (
     *(m for name, m in _PLANTED.items() if not name.startswith("absent")),
 )
 """What an edit may not lose: true objects named and affirmed, planted partners that are really there above all."""
+_THERE = tuple(m for name, m in _PLANTED.items() if not name.startswith("absent"))
+POOLED = (
+    *RETAINED[:2],
+    Measure("partner_recall", lambda r: sum(m.above(r) for m in _THERE), lambda r: sum(m.below(r) for m in _THERE)),
+)
+"""The same in as few figures as possible, each of many responses: planted partners that are there taken together."""
 ALSO = (
     *(m for name, m in _PLANTED.items() if name.startswith("absent")),
     _CHAIR["chair_i"],
@@ -109,15 +116,15 @@ class Panel:
             for same in group(self.asked, lambda r: r.kind).values()
             for some in batches(same, batch_prompts)
         ]
-        self.collateral = Collateral(model, clean, folder, batch_prompts=batch_prompts)
+        self.prefixes = Prefixes(model)
+        self.collateral = Collateral(model, clean, folder, batch_prompts=batch_prompts, prefixes=self.prefixes)
         self.known: dict[str, tuple[Dose, list[Response]]] = {}
 
-    def ask(self, edit: Under = as_it_is) -> list[Response]:
+    def ask(self, edit: Under = AS_IT_IS) -> list[Response]:
         """What the model answers under an edit, labelled; without token spans, which nothing here needs."""
         answered = []
         for some, batch in tqdm(self.batches, unit="batch", desc="ask", disable=None, leave=False, delay=5):
-            with edit(batch):
-                generated = continuation(self.model, batch, max_new_tokens=self.longest[some[0].kind])
+            generated = self.prefixes.continuation(batch, edit, max_new_tokens=self.longest[some[0].kind])
             pairs = zip(as_text(self.model, generated), without_end(self.model, generated), strict=True)
             answered += [
                 label(query, Said(text, tuple(ids)), self.table) for query, (text, ids) in zip(some, pairs, strict=True)
@@ -128,7 +135,7 @@ class Panel:
         """The figures under edits at a strength, and the answers themselves; the same edits are not tried twice."""
         key = repr((fingerprint(coder), [edit.to_json() for edit in edits], strength))
         if key not in self.known:
-            edit = partial(under, self.model, coder, edits, strength)
+            edit = under(self.model, coder, edits, strength)
             answers = self.ask(edit)
             self.known[key] = Dose(strength=strength, figures=figures(answers), kl=self.collateral.kl(edit)), answers
         return self.known[key]
@@ -137,7 +144,7 @@ class Panel:
 def figures(responses: Sequence[Response]) -> dict[str, float]:
     """Every measure that these responses allow, by name."""
     found = {}
-    for measure in (*HALLUCINATION, *RETAINED, *ALSO):
+    for measure in (*HALLUCINATION, *RETAINED, POOLED[-1], *ALSO):
         above, below = measure.counts(responses).sum(1)
         if below:
             found[measure.name] = float(above / below)

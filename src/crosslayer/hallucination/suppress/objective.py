@@ -10,7 +10,6 @@ Axes: B rows, P positions, V vocabulary, S sources, F features.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import softplus
 from tqdm import tqdm
@@ -30,10 +29,8 @@ from crosslayer.hallucination.responses import CAPTION, QUESTION, Response
 from crosslayer.hallucination.suppress.strengths import turned_down
 from crosslayer.models.load import LoadedModel
 from crosslayer.models.prompts import Batch, prepare
+from crosslayer.replacement.prefix import Prefixes, Under
 from crosslayer.replacement.where import Where
-
-Under = Callable[[Batch], AbstractContextManager[object]]
-"""Puts an edit on the model for the passes over a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +102,7 @@ class Objective:
     ):
         self.model, self.folder, self.weighing = model, folder, weighing
         self.hallucinated, self.true = cases(model, responses, weighing, without, seed)
+        self.prefixes = Prefixes(model)
         self.parts: list[_Part] = []
         weights = {CAPTION: 1.0, QUESTION: weighing.questions}
         for kind, weight in weights.items():
@@ -113,7 +111,11 @@ class Objective:
                 decided = as_batch(model, some, folder)
                 self.parts.append(_Mentions(decided, kind, weight, 1 / len(made), weighing.slack))
         self.collateral = Collateral(
-            model, clean_responses(responses, weighing.clean, seed), folder, batch_prompts=batch_prompts
+            model,
+            clean_responses(responses, weighing.clean, seed),
+            folder,
+            batch_prompts=batch_prompts,
+            prefixes=self.prefixes,
         )
         self.parts += [_Clean(part, weighing.collateral) for part in self.collateral.parts]
 
@@ -132,7 +134,8 @@ class Objective:
         leaf, sums = strengths.detach().clone().requires_grad_(), {}
         total = torch.zeros_like(leaf)
         for part in self._bar():
-            figures = part.figures(self._logits(part, partial(_turned_down, self.model, coder, leaf, where)))
+            edit = Under(partial(turned_down, self.model, coder, leaf, where), (where,))
+            figures = part.figures(self._logits(part, edit))
             _add(sums, figures)
             total += torch.autograd.grad(figures["value"], leaf)[0]
         return _terms(sums), total
@@ -141,8 +144,7 @@ class Objective:
         return tqdm(self.parts, unit="batch", desc="objective", disable=None, leave=False, delay=5)
 
     def _logits(self, part: "_Part", under: Under) -> Tensor:
-        with under(part.batch):
-            return self.model.model(**part.batch.inputs, use_cache=False).logits
+        return self.prefixes.logits(part.batch, under, part.first)
 
 
 class Collateral:
@@ -152,8 +154,16 @@ class Collateral:
     The original's distributions are kept for all these tokens.
     """
 
-    def __init__(self, model: LoadedModel, responses: Sequence[Response], folder: Path, *, batch_prompts: int = 64):
-        self.model = model
+    def __init__(
+        self,
+        model: LoadedModel,
+        responses: Sequence[Response],
+        folder: Path,
+        *,
+        batch_prompts: int = 64,
+        prefixes: Prefixes | None = None,
+    ):
+        self.prefixes = prefixes or Prefixes(model)
         self.parts: list[_Reference] = []
         strata = group(responses, stratum)
         for same in strata.values():
@@ -166,12 +176,7 @@ class Collateral:
     @torch.no_grad()
     def kl(self, under: Under) -> float:
         """Nats a token, the mean over the kinds of responses."""
-        total = 0.0
-        for part in self.parts:
-            with under(part.batch):
-                logits = self.model.model(**part.batch.inputs, use_cache=False).logits
-            total += float(part.kl(logits))
-        return total
+        return sum(float(part.kl(self.prefixes.logits(part.batch, under, part.first))) for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,11 @@ class _Reference:
     log_p: Float[Tensor, "N V"]
     weight: float
     """Of each token."""
+
+    @property
+    def first(self) -> Int[Tensor, " B"]:
+        """Column of each row's first token that counts."""
+        return self.predicts.long().argmax(1)
 
     def kl(self, logits: Float[Tensor, "B P V"]) -> Tensor:
         log_q = precise(logits[self.predicts]).log_softmax(-1)
@@ -205,6 +215,10 @@ class _Mentions:
     def batch(self) -> Batch:
         return self.decided.batch
 
+    @property
+    def first(self) -> Int[Tensor, " B"]:
+        return self.decided.position
+
     def figures(self, logits: Tensor) -> dict[str, Tensor]:
         margin = self.decided.margin(precise(logits))
         undone = softplus(margin + self.slack).sum() * self.each
@@ -221,6 +235,10 @@ class _Clean:
     @property
     def batch(self) -> Batch:
         return self.reference.batch
+
+    @property
+    def first(self) -> Int[Tensor, " B"]:
+        return self.reference.first
 
     def figures(self, logits: Tensor) -> dict[str, Tensor]:
         kl = self.reference.kl(logits)
@@ -302,11 +320,6 @@ def precise(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def as_it_is(_: Batch) -> AbstractContextManager[None]:
-    """No edit."""
-    return nullcontext()
-
-
 @torch.no_grad()
 def _reference(model: LoadedModel, responses: Sequence[Response], folder: Path) -> _Reference:
     batch = prepare(model.model, model.processor, [r.answered(folder) for r in responses])
@@ -314,12 +327,6 @@ def _reference(model: LoadedModel, responses: Sequence[Response], folder: Path) 
     predicts[:, :-1] = batch.response[:, 1:]
     logits = model.model(**batch.inputs, use_cache=False).logits
     return _Reference(batch, predicts, precise(logits[predicts]).log_softmax(-1), 1.0)
-
-
-def _turned_down(
-    model: LoadedModel, coder: CrossLayerTranscoder, strengths: Tensor, where: Where, batch: Batch
-) -> AbstractContextManager[object]:
-    return turned_down(model, coder, strengths, where, batch)
 
 
 def _add(sums: dict[str, float], figures: dict[str, Tensor]) -> None:

@@ -5,7 +5,6 @@ A strategy sees the objective on the images for choosing, nothing else. What it 
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -16,10 +15,10 @@ from tqdm import tqdm
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.hallucination.suppress.objective import Objective, Terms
 from crosslayer.models.load import LoadedModel
-from crosslayer.models.prompts import Batch
 from crosslayer.replacement.actions import Ablate
 from crosslayer.replacement.editing import edited
 from crosslayer.replacement.interventions import Edit, Intervention
+from crosslayer.replacement.prefix import Under
 from crosslayer.replacement.where import Part, Where
 
 Feature = tuple[int, int]
@@ -164,12 +163,13 @@ def ablated(features: Collection[Feature], where: Where) -> tuple[Edit, ...]:
 
 def measured(objective: Objective, coder: CrossLayerTranscoder, edits: Sequence[Edit], strength: float = 1.0) -> Terms:
     """The objective under edits."""
-    return objective.measure(partial(under, objective.model, coder, edits, strength))
+    return objective.measure(under(objective.model, coder, edits, strength))
 
 
-def under(model: LoadedModel, coder: CrossLayerTranscoder, edits: Sequence[Edit], strength: float, batch: Batch):
+def under(model: LoadedModel, coder: CrossLayerTranscoder, edits: Sequence[Edit], strength: float) -> Under:
     """Edits on the model for passes over a batch, or for what follows its prompts."""
-    return edited(model, coder, edits, strength=strength, batch=batch)
+    wheres = tuple(dict.fromkeys(edit.where for edit in edits))
+    return Under(lambda batch: edited(model, coder, edits, strength=strength, batch=batch), wheres)
 
 
 def _zeros(coder: CrossLayerTranscoder) -> Float[Tensor, "S F"]:
