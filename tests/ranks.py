@@ -13,13 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+PRELOADED = ["crosslayer", "crosslayer.cli", "transformers.models.llama.modeling_llama"]
+"""Imported once, and not by every process."""
+
 
 class Ranks:
     """As many processes as were ever asked for, each of which runs the same function, as torchrun would start them."""
 
     def __init__(self):
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["crosslayer"])  # imported once, and not by every process
+        self.context.set_forkserver_preload(
+            ["crosslayer", "transformers.models.llama.modeling_llama"]
+        )  # imported once, and not by every process
         self.workers: list[tuple[Any, Any]] = []
 
     def run(self, n: int, function: Callable, *args: Any) -> list[Any]:

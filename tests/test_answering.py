@@ -94,6 +94,14 @@ def test_sampled_answers_are_alike_for_a_seed(llava, asked, tmp_path):
     assert a == b != c
 
 
+def test_too_many_bad_prompts_are_refused_before_the_batch_is_answered(llava, asked, tmp_path, monkeypatch):
+    answered = []
+    monkeypatch.setattr(answering, "continuation", lambda *args, **sampling: answered.append(args))
+    with pytest.raises(UserError, match="1 of 4 rows are bad"):
+        respond(llava, load(asked)[6:10], tmp_path / "said.jsonl", FEW)
+    assert not answered
+
+
 def test_an_interruption_keeps_whole_batches(llava, asked, tmp_path, monkeypatch):
     left = iter((answering.continuation, answering.continuation))
 

@@ -1,8 +1,9 @@
 """The model's own answers to a data set, as JSON lines that are a data set again."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from crosslayer.data.examples import Example, Examples
+from crosslayer.data.examples import Example, Examples, apart, digest
+from crosslayer.data.skipped import Skipped
+from crosslayer.distributed.crew import ALONE, Crew
 from crosslayer.errors import UserError
 from crosslayer.files import append_line, atomic_path, write_text
 from crosslayer.models.load import LoadedModel
@@ -50,6 +53,7 @@ def respond(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    crew: Crew = ALONE,
 ) -> int:
     """Let a model answer every prompt of a data set; bad ones are skipped, and listed beside the answers.
 
@@ -61,6 +65,7 @@ def respond(
         settings: greedy answers of up to 128 tokens, when left out.
         resume: go on after the last whole batch; the result is that of an unbroken run.
         overwrite: replace what is there.
+        crew: the processes that share the work; the first of them writes, and all return when it is done.
 
     Returns:
         How many answers there are.
@@ -69,21 +74,39 @@ def respond(
         UserError: when there is such a file already, nothing or something else to resume, or too many prompts are bad.
     """
     out, settings = Path(out), settings or Answering()
-    unfinished, asked = out.with_name(out.name + UNFINISHED), replace(data, make=lambda i: data.make(i).asked())
     header = {"model": model.id, "revision": model.revision, "data": data.name, "n": len(data), **vars(settings)}
-    done = _kept(unfinished, header) if resume else _new(out, unfinished, header, overwrite)
-    data.skipped.list_in(out.with_suffix(".skipped.jsonl"), resume=resume)
-    bar = tqdm(total=len(data), initial=min(done * settings.batch_prompts, len(data)), unit="prompt", desc="respond")
+    crew.agree(lambda: {**header, "digest": digest(data)})
+    start = partial(_start, out, header, data.skipped, resume, overwrite)
+    done, asked = crew.first(start), replace(data, make=lambda i: data.make(i).asked())
+    batches = [
+        range(start, min(start + settings.batch_prompts, len(data)))
+        for start in range(done * settings.batch_prompts, len(data), settings.batch_prompts)
+    ]
+    answers = crew.map(lambda i: _answers(model, asked, batches[i], out, settings, crew), len(batches))
+    bar = tqdm(total=len(data), initial=len(data) - sum(map(len, batches)), unit="prompt", desc="respond")
     with bar:
         try:
-            for start in range(done * settings.batch_prompts, len(data), settings.batch_prompts):
-                numbers = range(start, min(start + settings.batch_prompts, len(data)))
-                append_line(unfinished, json.dumps(_answers(model, asked, numbers, out, settings), ensure_ascii=False))
+            for numbers, answered in zip(batches, answers, strict=True):
+                if crew.leads:
+                    data.skipped.hear(answered["looks"])
+                    append_line(_unfinished(out), json.dumps(answered["lines"], ensure_ascii=False))
                 bar.update(len(numbers))
         except KeyboardInterrupt:
             at = f"{bar.n:,} of {len(data):,} prompts"
             raise KeyboardInterrupt(f"stopped after {at}; the same command with --resume goes on from there") from None
-    return _finish(unfinished, out)
+    return crew.first(lambda: _finish(_unfinished(out), out))
+
+
+def _unfinished(out: Path) -> Path:
+    return out.with_name(out.name + UNFINISHED)
+
+
+def _start(out: Path, header: dict[str, Any], skipped: Skipped, resume: bool, overwrite: bool) -> int:
+    """How many batches are answered already; the files are ready for more."""
+    unfinished = _unfinished(out)
+    done = _kept(unfinished, header) if resume else _new(out, unfinished, header, overwrite)
+    skipped.list_in(out.with_suffix(".skipped.jsonl"), resume=resume)
+    return done
 
 
 def _new(out: Path, unfinished: Path, header: dict[str, Any], overwrite: bool) -> int:
@@ -114,12 +137,13 @@ def _kept(unfinished: Path, header: dict[str, Any]) -> int:
 
 
 def _answers(
-    model: LoadedModel, asked: Examples, numbers: range, out: Path, settings: Answering
-) -> list[dict[str, Any]]:
-    """The lines of one batch."""
+    model: LoadedModel, asked: Sequence[Example], numbers: range, out: Path, settings: Answering, crew: Crew
+) -> dict[str, Any]:
+    """The lines of one batch, and what was seen of bad rows."""
+    asked, notes = apart(asked, crew)
     batch, good = prepare_good(model.model, model.processor, asked, numbers)
     if batch is None:
-        return []
+        return {"lines": [], "looks": notes.looks}
     sampling: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens}
     if settings.temperature:
         sampling |= {"do_sample": True, "temperature": settings.temperature}
@@ -127,7 +151,8 @@ def _answers(
         torch.manual_seed(settings.seed * 1_000_003 + numbers.start)
         said = continuation(model, batch, **sampling)
     lines = zip(good, as_text(model, said), without_end(model, said), strict=True)
-    return [_line(model, number, asked[number], text, ids, out) for number, text, ids in lines]
+    written = [_line(model, number, asked[number], text, ids, out) for number, text, ids in lines]
+    return {"lines": written, "looks": notes.looks}
 
 
 def _line(

@@ -2,11 +2,16 @@
 
 import os
 import sys
+from contextlib import ExitStack
+from importlib.metadata import version
 
 import huggingface_hub
+import torch
 import transformers
 import tyro
 
+from crosslayer.distributed.crew import Crew
+from crosslayer.distributed.joining import crew, joined, quiet
 from crosslayer.eleuther_options import translate
 from crosslayer.errors import UserError
 from crosslayer.team import LostError
@@ -33,6 +38,8 @@ VERBS = {
     "import": import_,
     "export": export,
 }
+SHARED = ("aggregate", "capture", "evaluate", "respond", "hallucination score", "hallucination circuits")
+"""Verbs that torchrun's processes share."""
 AGGREGATE = "--aggregate"
 """Makes `graph` the verb `aggregate`: the same for a data set, with options of its own."""
 
@@ -44,22 +51,37 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()
-    try:
-        args = [a for a in args if a != "--debug"]
-        if args[:1] == ["train"]:
-            args = ["train", *translate(args[1:])]
-        if args[:1] == ["graph"] and AGGREGATE in args:
-            args = ["aggregate", *(a for a in args[1:] if a != AGGREGATE)]
-        tyro.extras.subcommand_cli_from_dict(VERBS, prog="crosslayer", description=_DESCRIPTION, args=args)
-    except UserError as error:
-        _stop(error, debug, 2)
-    except LostError as error:
-        print(f"crosslayer: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # an orderly end would wait for the lost one
-    except KeyboardInterrupt as stop:
-        _stop(stop, debug, 130)
-    except BrokenPipeError:  # the reader of our output, `head` for one, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    args = [a for a in args if a != "--debug"]
+    if args[:1] == ["graph"] and AGGREGATE in args:
+        args = ["aggregate", *(a for a in args[1:] if a != AGGREGATE)]
+    with ExitStack() as together:
+        try:
+            if args[:1] == ["train"]:
+                _call(["train", *translate(args[1:])])
+            else:
+                _share(args, together.enter_context(joined()))
+        except UserError as error:
+            _stop(error, debug, 2, crew().stop(str(error)))
+        except LostError as error:
+            print(f"crosslayer: {error}", file=sys.stderr, flush=True)
+            os._exit(1)  # an orderly end would wait for the lost one
+        except KeyboardInterrupt as stop:
+            _stop(stop, debug, 130, crew().leads)
+        except BrokenPipeError:  # the reader of our output, `head` for one, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _call(args: list[str]) -> None:
+    tyro.extras.subcommand_cli_from_dict(VERBS, prog="crosslayer", description=_DESCRIPTION, args=args)
+
+
+def _share(args: list[str], crew: Crew) -> None:
+    """Call a verb on all processes that torchrun started."""
+    crew.agree(lambda: {"command": args, "versions": [version("crosslayer"), torch.__version__]})
+    if not crew.alone and not " ".join(args[:2]).startswith((*SHARED, "-h", "--help")):
+        raise UserError(f"{' '.join(args[:2])}: is work for one process; start it without torchrun")
+    with quiet(crew):
+        _call(args)
 
 
 _DESCRIPTION = (
@@ -69,8 +91,9 @@ _DESCRIPTION = (
 )
 
 
-def _stop(error: BaseException, debug: bool, code: int) -> None:
+def _stop(error: BaseException, debug: bool, code: int, said_here: bool) -> None:
     if debug:
         raise error
-    print(f"crosslayer: {str(error) or 'interrupted'}", file=sys.stderr)
+    if said_here:
+        print(f"crosslayer: {str(error) or 'interrupted'}", file=sys.stderr, flush=True)
     sys.exit(code)

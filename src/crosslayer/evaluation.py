@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import nan
 
@@ -13,7 +13,9 @@ from crosslayer import metrics
 from crosslayer.activations.capture import capture_all
 from crosslayer.coders.codes import Codes
 from crosslayer.coders.transcoder import CrossLayerTranscoder
-from crosslayer.data.examples import Example
+from crosslayer.data.examples import Example, apart, digest, hear
+from crosslayer.distributed.crew import ALONE, Crew
+from crosslayer.distributed.results import Result
 from crosslayer.errors import UserError
 from crosslayer.files import nulls
 from crosslayer.metrics import Figure
@@ -98,8 +100,9 @@ def evaluate(
     *,
     batch_prompts: int = 32,
     max_new_tokens: int = 32,
+    crew: Crew = ALONE,
 ) -> Evaluation:
-    """Compare the replacement model with the original on `examples`.
+    """Compare the replacement model with the original on `examples`; a crew shares the batches.
 
     Raises:
         UserError: when there are no examples, or the transcoder does not fit the model.
@@ -107,17 +110,35 @@ def evaluate(
     if not len(examples):
         raise UserError("the data set is empty; give at least one example to evaluate on")
     replacement = ReplacementModel(model, transcoder)
-    mean_write = _mean_write(model, (batch for batch, _ in _batches(model, examples, batch_prompts)))
+    crew.agree(lambda: {"examples": len(examples), "digest": digest(examples)})
+    batches = [range(i, min(i + batch_prompts, len(examples))) for i in range(0, len(examples), batch_prompts)]
+    mean_write = _mean_write(model, examples, batches, crew)
     speech, sites = _Speech(replacement, mean_write), _Reconstruction(transcoder, mean_write)
+
+    def measure(i: int) -> Result:
+        data, notes = apart(examples, crew)
+        batch, good = prepare_good(model.model, model.processor, data, batches[i])
+        figures = {}
+        if batch is not None:
+            figures = speech.compare(batch) | speech.converse([data[number] for number in good], max_new_tokens)
+            figures |= sites.compare(batch, *capture_all(model, batch))
+        return {**figures, "prompts": len(good), "looks": notes.looks}
+
     n_prompts = 0
-    for batch, chosen in _batches(model, examples, batch_prompts):
-        n_prompts += len(chosen)
-        speech.compare(batch)
-        speech.converse(chosen, max_new_tokens)
-        sites.add(batch, *capture_all(model, batch))
+    for found in crew.map(measure, len(batches)):
+        _hear(examples, found, crew)
+        n_prompts += found["prompts"]
+        if found["prompts"]:
+            speech.keep(found)
+            sites.keep(found)
     if not n_prompts:
         raise UserError("all examples of the data set are bad")
     return Evaluation(n_prompts=n_prompts, **speech.figures(), **sites.figures())
+
+
+def _hear(examples: Sequence[Example], found: Result, crew: Crew) -> None:
+    if crew.leads:
+        hear(examples, found["looks"])
 
 
 def agreement(replacement: ReplacementModel, batches: Sequence[Batch]) -> float:
@@ -132,26 +153,27 @@ def agreement(replacement: ReplacementModel, batches: Sequence[Batch]) -> float:
     return agreed / scored
 
 
-def _batches(model: LoadedModel, examples: Sequence[Example], size: int) -> Iterator[tuple[Batch, list[Example]]]:
-    """Batches and the examples in them, without those that turn out to be bad."""
-    for start in range(0, len(examples), size):
-        numbers = range(start, min(start + size, len(examples)))
-        batch, good = prepare_good(model.model, model.processor, examples, numbers)
-        if batch is not None:
-            yield batch, [examples[number] for number in good]
-
-
-def _mean_write(model: LoadedModel, batches: Iterator[Batch]) -> Tensor:
+def _mean_write(model: LoadedModel, examples: Sequence[Example], batches: Sequence[range], crew: Crew) -> Tensor:
     """[L, D] mean of every MLP's write over all tokens but first positions and padding."""
-    total, count = torch.zeros(model.n_layers, model.d_model, device=model.device), 0
-    for batch in batches:
+
+    def add(i: int) -> Result:
+        data, notes = apart(examples, crew)
+        batch, _ = prepare_good(model.model, model.processor, data, batches[i])
+        if batch is None:
+            return {"tokens": 0, "looks": notes.looks}
         y = capture_all(model, batch)[1][batch.position > 0]
-        total, count = total + y.float().sum(0), count + len(y)
+        return {"total": y.float().sum(0), "tokens": len(y), "looks": notes.looks}
+
+    total, count = torch.zeros(model.n_layers, model.d_model, device=model.device), 0
+    for found in crew.map(add, len(batches)):
+        _hear(examples, found, crew)
+        if found["tokens"]:
+            total, count = total + found["total"].to(total), count + found["tokens"]
     return total / max(count, 1)
 
 
 class _Speech:
-    """Sums, by prompt, of what the original and the replacement say."""
+    """Sums, by prompt, of what the original and the replacement say; a batch is compared, then kept, in order."""
 
     def __init__(self, replacement: ReplacementModel, mean_write: Tensor):
         self.replacement, self.model = replacement, replacement.model
@@ -160,7 +182,7 @@ class _Speech:
         self.generated: Counter[int] = Counter()
 
     @torch.no_grad()
-    def compare(self, batch: Batch) -> None:
+    def compare(self, batch: Batch) -> dict[str, Tensor]:
         """Teacher-forced: predictions of the next token at scored positions."""
         following, mask = batch.tokens[:, 1:], batch.response[:, 1:]
         text = batch.attention[:, 1:] & ~batch.image[:, 1:]
@@ -169,32 +191,43 @@ class _Speech:
         ablated = self._ablated(batch)[:, :-1]
         same = metrics.top1(original) == metrics.top1(replaced)
         filtered = mask & metrics.hesitant(original, following)
-        self._keep("scored", mask)
-        self._keep("agreed", same & mask)
-        self._keep("filtered", filtered)
-        self._keep("agreed_filtered", same & filtered)
-        self._keep("text", text)
-        self._keep("agreed_text", same & text)
-        self._keep("kl", metrics.kl(original, replaced) * mask)
+        figures = {
+            "scored": mask,
+            "agreed": same & mask,
+            "filtered": filtered,
+            "agreed_filtered": same & filtered,
+            "text": text,
+            "agreed_text": same & text,
+            "kl": metrics.kl(original, replaced) * mask,
+        }
         for name, logits in (("original", original), ("replaced", replaced), ("ablated", ablated)):
-            self._keep(f"ce_{name}", metrics.cross_entropy(logits, following) * mask)
+            figures[f"ce_{name}"] = metrics.cross_entropy(logits, following) * mask
+        return {f"speech/{name}": values.double().sum(1) for name, values in figures.items()}
 
-    def converse(self, examples: list[Example], max_new_tokens: int) -> None:
+    def converse(self, examples: list[Example], max_new_tokens: int) -> dict[str, Tensor]:
         """Greedy continuations of the prompts by both."""
         original = generate_tokens(self.model, examples, max_new_tokens=max_new_tokens)
         with self.replacement.replaced():
             replaced = generate_tokens(self.model, examples, max_new_tokens=max_new_tokens)
-        ends = _end_tokens(self.model)
+        ends, said, rows = _end_tokens(self.model), list[int](), list[list[float]]()
         for ours, theirs in zip(original.tolist(), replaced.tolist(), strict=True):
             ours, theirs = _until_end(ours, ends), _until_end(theirs, ends)
-            self.generated.update(theirs)
-            for name, count in zip(("matched", "generated"), metrics.generation_match(ours, theirs), strict=True):
-                self._keep(name, torch.tensor([[count]]))
+            said += theirs
             repeated, grams = metrics.repetition(theirs)
-            self._keep("repeated", torch.tensor([[repeated]]))
-            self._keep("grams", torch.tensor([[grams]]))
-            self._keep("degenerate", torch.tensor([[repeated > LOOPING * grams]]))
-            self._keep("silent", torch.tensor([[len(theirs) <= 1 < len(ours)]]))
+            matched = metrics.generation_match(ours, theirs)
+            degenerate, silent = repeated > LOOPING * grams, len(theirs) <= 1 < len(ours)
+            rows.append([*matched, repeated, grams, degenerate, silent])
+        columns = torch.tensor(rows, dtype=torch.double).unbind(1)
+        names = ("matched", "generated", "repeated", "grams", "degenerate", "silent")
+        figures = {f"speech/{name}": column for name, column in zip(names, columns, strict=True)}
+        return figures | {"said": torch.tensor(said, dtype=torch.long)}
+
+    def keep(self, figures: Result) -> None:
+        """Add those of the next batch."""
+        self.generated.update(figures["said"].tolist())
+        for name, values in figures.items():
+            if name.startswith("speech/"):
+                self.sums.setdefault(name.removeprefix("speech/"), []).append(values)
 
     def figures(self) -> dict:
         """The figures of `Evaluation` that concern speech."""
@@ -234,20 +267,19 @@ class _Speech:
         share = count / self.generated.total()
         return f"degenerate: {share:.0%} of the generated tokens are {tokenizer.decode([token])!r}"
 
-    def _keep(self, name: str, values: Tensor) -> None:
-        self.sums.setdefault(name, []).append(values.double().sum(1))
-
 
 class _Reconstruction:
     """Sums, by prompt, layer and modality, of what the transcoder explains of the original's writes."""
 
     def __init__(self, transcoder: CrossLayerTranscoder, mean_write: Tensor):
         self.transcoder, self.mean_write = transcoder, mean_write
-        self.sums: dict[tuple[str, str], list[Tensor]] = {}
-        self.fired = {m: torch.zeros(len(transcoder.sources), transcoder.d_transcoder) for m in MODALITIES}
+        self.sums: dict[str, list[Tensor]] = {}
+        self.fired = {
+            m: torch.zeros(len(transcoder.sources), transcoder.d_transcoder, dtype=torch.bool) for m in MODALITIES
+        }
 
     @torch.no_grad()
-    def add(self, batch: Batch, x: Tensor, y: Tensor) -> None:
+    def compare(self, batch: Batch, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """One batch of the original's activations, [B, P, L, D] each."""
         usable = batch.position > 0
         x = x[usable].to(self.transcoder.b_dec.dtype)
@@ -255,39 +287,44 @@ class _Reconstruction:
         error = (y[usable] - self.transcoder.decode(codes, x)).float().square().sum(2)
         spread = (y[usable].float() - self.mean_write).square().sum(2)
         modalities = {name: _modality(name, batch.image[usable]) for name in MODALITIES}
-        active = torch.stack([self._count(i, c, modalities) for i, c in enumerate(codes)], 1)
+        counted = [_active(c, modalities) for c in codes]
+        active = torch.stack([count for count, _ in counted], 1)
         prompt = torch.arange(len(usable), device=x.device)[:, None].expand_as(usable)[usable]
+        figures = {}
         for name, rows in modalities.items():
+            figures[f"fired/{name}"] = torch.stack([fired[name] for _, fired in counted])
             ones = torch.ones(int(rows.sum()), 1, device=x.device)
             for key, values in (("error", error), ("spread", spread), ("active", active), ("tokens", None)):
                 chosen = ones if values is None else values[rows]
                 total = torch.zeros(len(usable), chosen.shape[1], dtype=torch.double, device=x.device)
                 total.index_add_(0, prompt[rows], chosen.double())
-                self.sums.setdefault((name, key), []).append(total.cpu())
+                figures[f"sites/{name}/{key}"] = total.cpu()
+        return figures
 
-    def _count(self, i: int, codes: Codes, modalities: dict[str, Tensor]) -> Tensor:
-        """How many features of a source are active on each token; notes which, by modality."""
-        active = codes.dense() > 0
-        for name, rows in modalities.items():
-            self.fired[name][i] += active[rows].sum(0).cpu()
-        return active.sum(1)
+    def keep(self, figures: Result) -> None:
+        """Add those of the next batch."""
+        for name in MODALITIES:
+            self.fired[name] |= figures[f"fired/{name}"]
+        for name, values in figures.items():
+            if name.startswith("sites/"):
+                self.sums.setdefault(name.removeprefix("sites/"), []).append(values)
 
     def figures(self) -> dict:
         """The figures of `Evaluation` that concern reconstruction."""
         sums = {key: torch.cat(parts) for key, parts in self.sums.items()}
         replaced = [t for t in range(self.transcoder.wiring.n_layers) if t not in self.transcoder.kept_layers]
-        error, spread = sums["all", "error"][:, replaced], sums["all", "spread"][:, replaced]
+        error, spread = sums["all/error"][:, replaced], sums["all/spread"][:, replaced]
         weights = spread.sum(0)
-        dead = self.fired["all"] == 0
+        dead = ~self.fired["all"]
         return {
             "fvu": metrics.ratio((error / weights).mean(1), (spread / weights).mean(1)),
-            "l0": metrics.ratio(sums["all", "active"].sum(1), sums["all", "tokens"][:, 0]),
+            "l0": metrics.ratio(sums["all/active"].sum(1), sums["all/tokens"][:, 0]),
             "dead_fraction": dead.float().mean().item(),
-            "layers": {name: self._layers(name, sums) for name in MODALITIES if sums[name, "tokens"].sum()},
+            "layers": {name: self._layers(name, sums) for name in MODALITIES if sums[f"{name}/tokens"].sum()},
         }
 
-    def _layers(self, name: str, sums: dict[tuple[str, str], Tensor]) -> list[LayerFigures]:
-        sources, tokens = self.transcoder.sources, sums[name, "tokens"][:, 0]
+    def _layers(self, name: str, sums: dict[str, Tensor]) -> list[LayerFigures]:
+        sources, tokens = self.transcoder.sources, sums[f"{name}/tokens"][:, 0]
         nothing, unmeasured = Figure(0.0, 0.0, 0.0), Figure(nan, nan, nan)
         figures = []
         for layer in range(self.transcoder.wiring.n_layers):
@@ -296,12 +333,18 @@ class _Reconstruction:
                 LayerFigures(
                     unmeasured
                     if layer in self.transcoder.kept_layers
-                    else metrics.ratio(sums[name, "error"][:, layer], sums[name, "spread"][:, layer]),
-                    nothing if source is None else metrics.ratio(sums[name, "active"][:, source], tokens),
-                    0.0 if source is None else (self.fired[name][source] == 0).float().mean().item(),
+                    else metrics.ratio(sums[f"{name}/error"][:, layer], sums[f"{name}/spread"][:, layer]),
+                    nothing if source is None else metrics.ratio(sums[f"{name}/active"][:, source], tokens),
+                    0.0 if source is None else (~self.fired[name][source]).float().mean().item(),
                 )
             )
         return figures
+
+
+def _active(codes: Codes, modalities: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """How many features of a source are active on each token, and by modality which are on any."""
+    active = codes.dense() > 0
+    return active.sum(1), {name: active[rows].any(0).cpu() for name, rows in modalities.items()}
 
 
 def _modality(name: str, image: Tensor) -> Tensor:

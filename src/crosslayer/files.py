@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ from crosslayer.errors import UserError
 
 UNFINISHED = ".part"
 """How names of files end that are being written."""
+SEEN_AFTER = 90.0
+"""Seconds after which a machine sees what another has written, at most."""
 LEAVINGS = (f".*{UNFINISHED}", ".tmp*")
 """Patterns of what a killed writer may leave: ours, and safetensors' own."""
 
@@ -127,6 +130,14 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+def appeared(path: Path) -> Path:
+    """A file that another machine has written, once this one sees it: a network's file system may take a minute."""
+    end = time.monotonic() + SEEN_AFTER
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    return path
 
 
 def check_folder(path: Path, overwrite: bool) -> None:

@@ -1,6 +1,7 @@
 """Running a frozen model on examples and keeping what its MLPs read and write."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from functools import cached_property
 from math import ceil
 from typing import Any
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from crosslayer.activations.ahead import one_ahead
 from crosslayer.activations.record import Activations
-from crosslayer.data.examples import Example, Examples
+from crosslayer.data.examples import Example, Examples, apart
+from crosslayer.data.skipped import Apart
+from crosslayer.distributed.crew import Crew
 from crosslayer.errors import UserError
 from crosslayer.models.hooks import recording
 from crosslayer.models.load import LoadedModel
@@ -134,6 +137,12 @@ class ModelSource:
             self._share_skipped()
             self._last = (index, Activations.concatenate(parts).gather(self.team.features))
         return self._last[1]
+
+    def apart(self, crew: Crew) -> "tuple[ModelSource, Apart]":
+        """The same with notes of its own about bad examples, and these; see `crosslayer.data.examples.apart`."""
+        other = copy(self)
+        other.examples, notes = apart(self.examples, crew)
+        return other, notes
 
     def batches(self, index: int, n: int | None = None) -> list[list[int]]:
         """Numbers of the examples of chunk `index`, or of its first n, batch by batch."""

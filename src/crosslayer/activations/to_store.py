@@ -14,9 +14,11 @@ from crosslayer.activations.manifest import MANIFEST, Manifest, check_same, read
 from crosslayer.activations.record import Activations
 from crosslayer.activations.rows import Rows
 from crosslayer.activations.store import Store
+from crosslayer.activations.together import drop_chunks, fill_together
 from crosslayer.activations.writer import SHARD_BYTES, STORE_FILES, StoreWriter, check_room
-from crosslayer.data.examples import Example, Examples
+from crosslayer.data.examples import Example, Examples, digest
 from crosslayer.data.skipped import SKIPPED
+from crosslayer.distributed.crew import ALONE, Crew
 from crosslayer.errors import UserError
 from crosslayer.files import check_folder, claim_folder, sweep
 from crosslayer.memory import keep_freed_memory
@@ -39,6 +41,7 @@ def capture_to_store(
     shard_bytes: int = SHARD_BYTES,
     resume: bool = False,
     overwrite: bool = False,
+    crew: Crew = ALONE,
 ) -> Store:
     """Keep what a model's MLPs read and write on disk, in the order in which a training with this seed sees it.
 
@@ -54,6 +57,7 @@ def capture_to_store(
         shard_bytes: size that a file does not pass.
         resume: go on after the last whole shard in `out`; the result is that of an uninterrupted capture.
         overwrite: replace the store that `out` holds.
+        crew: the processes that share the work, chunk by chunk; the store is the same however many they are.
 
     Raises:
         UserError: when the disk is too small or gets full, for another model, data or settings than those of the
@@ -72,17 +76,31 @@ def capture_to_store(
         dtype=dtype,
         source=_settings(source, tokens, prompts, shard_bytes),
     )
+    crew.agree(lambda: {**asked.settings(), "digest": digest(data)})
+    crew.first(lambda: _start(folder, asked, source, resume, overwrite))
+    keep_freed_memory()
+    manifest = read_manifest(folder)
+    with _bar(manifest) as bar:
+        try:
+            if not crew.alone:
+                manifest = fill_together(folder, manifest, source, crew, _fill, bar)
+            crew.first(lambda: _fill(folder, manifest, source, bar).finished)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; the same command with --resume goes on after the last shard") from None
+    return Store(folder)
+
+
+def _start(folder: Path, asked: Manifest, source: ModelSource, resume: bool, overwrite: bool) -> None:
+    """Make the folder ready for what is asked for, or see that it is."""
     manifest = _to_resume(folder, asked) if resume else asked
     check_folder(folder, overwrite or resume)
     check_room(folder, manifest, _rows_left(source, manifest))
     if not resume:
         claim_folder(folder, overwrite, STORE_FILES)
         write_manifest(folder, manifest)
-    if isinstance(data, Examples):
-        data.skipped.list_in(folder / SKIPPED, resume=resume)
-    keep_freed_memory()
-    _fill(folder, manifest, source)
-    return Store(folder)
+    if isinstance(source.examples, Examples):
+        source.examples.skipped.list_in(folder / SKIPPED, resume=resume)
+    drop_chunks(folder)
 
 
 def _of_layers(model: LoadedModel, layers: range | None) -> LoadedModel:
@@ -133,19 +151,20 @@ def _rows_left(source: ModelSource, manifest: Manifest) -> int:
     return max(0, settings["prompts"] - seen) * source.count_tokens(ROOM_PROMPTS) // ROOM_PROMPTS
 
 
-def _fill(folder: Path, manifest: Manifest, source: ModelSource) -> None:
+def _bar(manifest: Manifest) -> tqdm:
+    total = manifest.source["tokens"]
+    return tqdm(total=total, initial=manifest.rows, unit="tok", unit_scale=True, desc="capture", dynamic_ncols=True)
+
+
+def _fill(folder: Path, manifest: Manifest, source: ModelSource, bar: tqdm) -> Manifest:
     """Capture what is missing."""
-    following, total = (manifest.next_chunk, manifest.next_batch), manifest.source["tokens"]
-    bar = tqdm(total=total, initial=manifest.rows, unit="tok", unit_scale=True, desc="capture", dynamic_ncols=True)
-    with StoreWriter(folder, manifest) as writer, bar:
-        try:
-            for chunk, batch, part in _missing(source, manifest):
-                writer.add(Rows.of(part), chunk, batch)
-                following = (chunk, batch + 1)
-                bar.update(len(part))
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("stopped; the same command with --resume goes on after the last shard") from None
-        writer.finish(*following)
+    following = (manifest.next_chunk, manifest.next_batch)
+    with StoreWriter(folder, manifest) as writer:
+        for chunk, batch, part in _missing(source, manifest):
+            writer.add(Rows.of(part), chunk, batch)
+            following = (chunk, batch + 1)
+            bar.update(len(part))
+        return writer.finish(*following)
 
 
 def _missing(source: ModelSource, manifest: Manifest) -> Iterator[tuple[int, int, Activations]]:

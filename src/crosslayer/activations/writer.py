@@ -65,7 +65,7 @@ class StoreWriter:
 
     def _write(self, parts: list[Rows], chunk: int, next_chunk: int, next_batch: int) -> None:
         rows, form = Rows.concatenate(parts), self.manifest.encoding
-        file = f"shard-{len(self.manifest.shards):06d}.safetensors"
+        file = shard_name(len(self.manifest.shards))
         x, y = form.encode("x", rows.x), form.encode("y", rows.y)
         columns = {name: getattr(rows, name).to(dtype) for name, dtype in ORIGIN.items()}
         write_tensors(self.folder / file, {**x, **y, **columns})
@@ -74,6 +74,11 @@ class StoreWriter:
         grown = [*self.manifest.shards, shard]
         self.manifest = replace(self.manifest, shards=grown, next_chunk=next_chunk, next_batch=next_batch)
         write_manifest(self.folder, self.manifest)
+
+
+def shard_name(number: int) -> str:
+    """Name of a shard's file."""
+    return f"shard-{number:06d}.safetensors"
 
 
 def check_room(folder: Path, manifest: Manifest, rows: int) -> None:

@@ -21,9 +21,11 @@ from crosslayer.attribution.attribute import Budget, attribute
 from crosslayer.attribution.graph import AttributionGraph
 from crosslayer.attribution.tally import Pruning, Tally, read_tally, tally, write_tally
 from crosslayer.coders.transcoder import CrossLayerTranscoder
-from crosslayer.data.examples import Example
+from crosslayer.data.examples import FEW, Example, digest
 from crosslayer.data.skipped import Skipped
+from crosslayer.distributed.crew import ALONE, Crew
 from crosslayer.errors import UserError
+from crosslayer.files import appeared
 from crosslayer.models.load import LoadedModel
 
 GRAPHS = "graphs"
@@ -91,6 +93,7 @@ def aggregate(
     seed: int = 0,
     workers: Workers | None = None,
     skipped: Skipped | None = None,
+    crew: Crew = ALONE,
 ) -> Aggregate:
     """Trace every case, and put the graphs together.
 
@@ -108,6 +111,7 @@ def aggregate(
         seed: of the bootstrap.
         workers: processes to share the work; this one alone when left out.
         skipped: takes note of cases that cannot be traced; without it the first one is an error.
+        crew: the processes that torchrun started, instead of `workers`; all of them have the result.
 
     Raises:
         UserError: when a graph is there that was made with another run, other settings or of another example, naming
@@ -116,18 +120,26 @@ def aggregate(
     check_share(share)
     tracer = _Tracer(model, coder, run, tracing or Tracing())
     files = [Path(out) / GRAPHS / f"{number:06d}.json" for number in range(len(cases))]
-    found = {i: tracer.read(file, cases[i]) for i, file in enumerate(files) if file.exists()}
-    missing = {i: file for i, file in enumerate(files) if i not in found}
-    outcomes = _alone(tracer, cases, missing) if workers is None else _shared(workers, tracer, cases, missing)
+    crew.agree(lambda: {**tracer.about, "examples": len(cases), "digest": _digest_of(cases)})
+    missing = {i: files[i] for i in crew.first(lambda: [i for i, file in enumerate(files) if not file.exists()])}
+    found = {i: tracer.read(file, cases[i]) for i, file in enumerate(files) if i not in missing}
+    if workers is None:
+        outcomes = _alone(tracer, cases, missing, crew)
+    elif crew.alone:
+        outcomes = _shared(workers, tracer, cases, missing)
+    else:
+        raise UserError(f"workers is {workers.n} though torchrun started {crew.size} processes; leave it out")
     with tqdm(total=len(files), initial=len(found), unit="graph", desc="aggregate", disable=None, leave=False) as bar:
         try:
-            for id, reason in outcomes:
-                _note(skipped, id, reason, len(cases))
+            for i, (id, reason) in zip(missing, outcomes, strict=True):
+                if crew.leads:
+                    _note(skipped, id, reason, len(cases))
+                if not reason:
+                    found[i] = tracer.read(appeared(files[i]), cases[i])
                 bar.update()
         except KeyboardInterrupt:
             done = f"{sum(file.exists() for file in files):,} of {len(files):,} graphs"
             raise KeyboardInterrupt(f"stopped after {done}; the same command goes on from there") from None
-    found |= {i: tracer.read(file, cases[i]) for i, file in missing.items() if file.exists()}
     return Aggregate(tallies=tuple(found[i] for i in sorted(found)), about=tracer.about, share=share, seed=seed)
 
 
@@ -177,6 +189,11 @@ def _digest(coder: CrossLayerTranscoder) -> str:
     return digest.hexdigest()[:12]
 
 
+def _digest_of(cases: Sequence[Case]) -> str:
+    """What tells most sequences of cases apart."""
+    return digest([cases[i].example for i in range(0, len(cases), max(1, len(cases) // FEW))])
+
+
 def _content(example: Example) -> str:
     """What tells two examples of one name apart."""
     image = example.image
@@ -187,10 +204,14 @@ def _content(example: Example) -> str:
     return hashlib.sha256(words.encode() + pixels).hexdigest()[:12]
 
 
-def _alone(tracer: _Tracer, cases: Sequence[Case], missing: Mapping[int, Path]) -> Iterator[tuple[str, str]]:
+def _alone(
+    tracer: _Tracer, cases: Sequence[Case], missing: Mapping[int, Path], crew: Crew
+) -> Iterator[tuple[str, str]]:
     """Of each example, its name and why it cannot be traced, where that is so."""
-    for i, file in missing.items():
-        yield tracer.write(file, cases[i])
+    numbers = list(missing)
+    for outcome in crew.map(lambda i: {"is": tracer.write(missing[numbers[i]], cases[numbers[i]])}, len(numbers)):
+        id, reason = outcome["is"]
+        yield id, reason
 
 
 def _shared(

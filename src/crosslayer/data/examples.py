@@ -1,14 +1,19 @@
 """One prompt with its picture and its answer, and sets of them."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from PIL import Image
 
 from crosslayer.data.images import as_rgb, open_image
-from crosslayer.data.skipped import Skipped
+from crosslayer.data.skipped import Apart, Skipped
+from crosslayer.distributed.crew import Crew
+
+FEW = 16
+"""Examples that tell two data sets apart."""
 
 
 @dataclass(frozen=True)
@@ -70,3 +75,22 @@ class Examples(Sequence[Example]):
             chosen = range(self.n)[index]
             return Examples(self.name, len(chosen), lambda i: self.make(chosen[i]), self.skipped)
         return self.make(range(self.n)[index])
+
+
+def digest(data: Sequence[Example]) -> str:
+    """What tells most data sets of one name and length apart: the words of a few examples."""
+    few = [data[i] for i in range(0, len(data), max(1, len(data) // FEW))]
+    words = repr([(e.id, e.prompt, e.response, e.history, e.form, e.tokens) for e in few])
+    return hashlib.sha256(words.encode()).hexdigest()[:12]
+
+
+def apart(data: Sequence[Example], crew: Crew) -> tuple[Sequence[Example], Apart]:
+    """The same data set with notes of its own, to be heard later, and these; one alone goes on taking them at once."""
+    notes = Apart()
+    return (data if crew.alone or not isinstance(data, Examples) else replace(data, skipped=notes)), notes
+
+
+def hear(data: Sequence[Example], looks: Sequence[Any]) -> None:
+    """Let a data set that takes notes have those taken apart."""
+    if isinstance(data, Examples):
+        data.skipped.hear(looks)

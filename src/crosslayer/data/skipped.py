@@ -1,8 +1,10 @@
 """Bad rows of a data set: counted, listed in a file with their reason, and too many when they pass a share."""
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from crosslayer.errors import UserError
 from crosslayer.files import append_line, write_text
@@ -73,6 +75,17 @@ class Skipped:
                     self.settled.add(id)
                     self.note(id, reason)
 
+    def hear(self, looks: Iterable[Sequence[Any]]) -> None:
+        """Note and look as another did, who was told to take notes apart; see `Apart`.
+
+        Raises:
+            UserError: as `look` does.
+        """
+        for n, of, name, bad in looks:
+            for id, reason in bad.items():
+                self.note(id, reason)
+            self.look(n, of, name)
+
     def settle(self) -> None:
         """Begin to count anew."""
         self.settled, self.looked_at = set(self.reasons), 0
@@ -90,6 +103,19 @@ class Skipped:
     def __str__(self) -> str:
         rows = f"{len(self.reasons)} bad row{'s' if len(self.reasons) > 1 else ''} skipped"
         return f"{rows}, listed in {self.file}" if self.file else rows
+
+
+@dataclass
+class Apart(Skipped):
+    """Notes of one piece of work, to be heard where the pieces come together; nothing is listed or refused here."""
+
+    looks: list[tuple[int, int, str, dict[str, str]]] = field(default_factory=list, init=False)
+    """Of each look its arguments, and the bad rows noted since the last."""
+
+    def look(self, n: int, of: int, name: str) -> None:
+        """Count rows as looked at, for later."""
+        known = {id for *_, bad in self.looks for id in bad}
+        self.looks.append((n, of, name, {id: why for id, why in self.reasons.items() if id not in known}))
 
 
 def _line(id: str, reason: str) -> str:

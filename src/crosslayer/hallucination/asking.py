@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from crosslayer.answering import UNFINISHED, Answering, respond
+from crosslayer.distributed.crew import ALONE, Crew
 from crosslayer.errors import UserError
 from crosslayer.files import read_json, write_json
 from crosslayer.hallucination.answers import read_answers
@@ -57,7 +58,14 @@ def ask(
 
 
 def ask_on_disk(
-    model: LoadedModel, task: Task, out: Path, settings: Answering, *, name: str, resume: bool = False
+    model: LoadedModel,
+    task: Task,
+    out: Path,
+    settings: Answering,
+    *,
+    name: str,
+    resume: bool = False,
+    crew: Crew = ALONE,
 ) -> dict[str, Said]:
     """What the model answers to a task, by id of the query; queries whose pictures are bad are left out, and listed.
 
@@ -68,19 +76,25 @@ def ask_on_disk(
         settings: how answers are generated.
         name: of who answers, to be told apart at a resume.
         resume: go on after the last whole batch; answers that are complete are taken as they are.
+        crew: the processes that share the work; all of them have the answers.
 
     Raises:
         UserError: when there is something else to resume.
     """
     asked = {"model": name, "task": task.name, "queries": len(task.queries), "digest": _digest(task), **vars(settings)}
     answers = out / ANSWERS
-    started = answers.exists() or answers.with_name(ANSWERS + UNFINISHED).exists()
-    if resume and started:
-        _check_same(out / SETTINGS, asked)
-    write_json(out / SETTINGS, asked)
-    task.save_pictures(out)
-    if not answers.exists():
-        respond(model, task.examples(out), answers, settings, resume=resume and started)
+
+    def begin() -> tuple[bool, bool]:
+        started = answers.exists() or answers.with_name(ANSWERS + UNFINISHED).exists()
+        if resume and started:
+            _check_same(out / SETTINGS, asked)
+        write_json(out / SETTINGS, asked)
+        task.save_pictures(out)
+        return started, answers.exists()
+
+    started, finished = crew.first(begin)
+    if not finished:
+        respond(model, task.examples(out), answers, settings, resume=resume and started, crew=crew)
     return {answer.id: answer.said for answer in read_answers(answers) if answer.id is not None}
 
 

@@ -16,6 +16,7 @@ from crosslayer.data.examples import Examples
 from crosslayer.data.load import read_data
 from crosslayer.data.reading import Reading
 from crosslayer.data.skipped import SKIPPED
+from crosslayer.distributed.joining import crew
 from crosslayer.files import claim_folder
 from crosslayer.model_options import AS_SAVED
 from crosslayer.verbs.arguments import (
@@ -79,22 +80,28 @@ def aggregate(
     team = Workers(n=workers, load=partial(load_run, run, model, loading)) if workers > 1 else None
     sets = {out: data} | ({} if against is None else {out / "against": against})
     read = {folder: read_data(name, reading, loaded, n=limit) for folder, name in sets.items()}
-    found = []
+    found, here = [], crew()
     for folder, examples in read.items():
-        claim_folder(folder / GRAPHS, True, ("*.json",) if overwrite else ())
-        examples.skipped.list_in(folder / SKIPPED)
+        here.first(partial(_claim, folder, examples, overwrite))
         found.append(
             run_aggregation(
                 loaded, coder, Cases(examples, token, target), folder, run=run, tracing=tracing, share=share, seed=seed,
-                workers=team, skipped=examples.skipped,
+                workers=team, skipped=examples.skipped, crew=here,
             )
         )  # fmt: skip
-        found[-1].save(folder)
-        draw_aggregate(found[-1], folder / "aggregate.png")
-        print(f"{examples.name}: {summary(found[-1])}\n")
-        print_skipped(examples)
+        if here.leads:
+            found[-1].save(folder)
+            draw_aggregate(found[-1], folder / "aggregate.png")
+            print(f"{examples.name}: {summary(found[-1])}\n")
+            print_skipped(examples)
+    here.dismiss()
     if against is not None:
         changes = found[0].contrast(found[1])
         changes.save(out)
         draw_contrast(changes, out / "contrast.png")
         print(contrast_summary(changes))
+
+
+def _claim(folder: Path, examples: Examples, overwrite: bool) -> None:
+    claim_folder(folder / GRAPHS, True, ("*.json",) if overwrite else ())
+    examples.skipped.list_in(folder / SKIPPED)

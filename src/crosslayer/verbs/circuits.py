@@ -7,6 +7,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from crosslayer.attribution.many import GRAPHS, Workers
+from crosslayer.distributed.joining import crew
 from crosslayer.errors import UserError
 from crosslayer.files import claim_folder, write_text
 from crosslayer.hallucination.circuits.find import CircuitSettings, find_circuits
@@ -45,9 +46,13 @@ def circuits(
         raise UserError(f"{out / CIRCUITS}: already exists; choose another folder or add --overwrite")
     responses = read_responses(path)
     coder, loaded = load_run(run, model, loading)
-    claim_folder(out / FOLDER / GRAPHS, True, ("*.json",) if overwrite else ())
+    here = crew()
+    here.first(lambda: claim_folder(out / FOLDER / GRAPHS, True, ("*.json",) if overwrite else ()))
     team = Workers(n=workers, load=partial(load_run, run, model, loading)) if workers > 1 else None
-    found = find_circuits(loaded, coder, responses, path.parent, out / FOLDER, settings, run=run, workers=team)
+    found = find_circuits(
+        loaded, coder, responses, path.parent, out / FOLDER, settings, run=run, workers=team, crew=here
+    )
+    here.dismiss()
     write_page(out / PAGE, found, len(loaded.sites.layers))
     write_text(out / CIRCUITS, found.to_json() + "\n")
     print(circuits_table(found))

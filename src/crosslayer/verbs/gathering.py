@@ -6,13 +6,15 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from crosslayer.activations.manifest import MANIFEST
 from crosslayer.activations.store import Store
 from crosslayer.activations.to_store import capture_to_store
 from crosslayer.activations.writer import SHARD_BYTES
-from crosslayer.answering import Answering
+from crosslayer.answering import UNFINISHED, Answering
 from crosslayer.answering import respond as run_respond
 from crosslayer.data.load import read_data
 from crosslayer.data.reading import Reading
+from crosslayer.distributed.joining import crew
 from crosslayer.errors import UserError
 from crosslayer.model_options import AS_IT_IS
 from crosslayer.report import (
@@ -42,7 +44,10 @@ def respond(
     """Let a model answer every prompt of DATA, greedily by default, and keep prompts, images and answers."""
     loaded = loading.load(model)
     examples = read_data(data, reading, loaded, n=prompts)
-    n = run_respond(loaded, examples, out, answering, resume=resume, overwrite=overwrite)
+    here = crew()
+    resume = resume or (here.restarted and out.with_name(out.name + UNFINISHED).exists())
+    n = run_respond(loaded, examples, out, answering, resume=resume, overwrite=overwrite, crew=here)
+    here.dismiss()
     print(f"{out}: {n:,} answers\nnext: crosslayer train {model} {out} --out RUN")
     print_skipped(examples)
 
@@ -66,6 +71,8 @@ def capture(
     """Keep what a model's MLPs read and write on disk; the room needed is said first; resumable."""
     loaded = loading.load(model, read)
     examples = read_data(data, reading, loaded)
+    here = crew()
+    resume = resume or (here.restarted and (out / MANIFEST).exists())
     store = capture_to_store(
         loaded,
         examples,
@@ -78,7 +85,9 @@ def capture(
         shard_bytes=shard_mib * 2**20,
         resume=resume,
         overwrite=overwrite,
+        crew=here,
     )
+    here.dismiss()
     print(f"{store_table(store)}\n\nnext: crosslayer train {model} --store {out} --out RUN")
     print_skipped(examples)
 

@@ -10,6 +10,7 @@ from crosslayer.data.examples import Example, Examples
 from crosslayer.data.images import open_image
 from crosslayer.data.load import EMOJI_SCENES, read_data
 from crosslayer.data.reading import Reading
+from crosslayer.distributed.joining import crew
 from crosslayer.errors import UserError
 from crosslayer.evaluation import evaluate as run_evaluation
 from crosslayer.files import write_text
@@ -68,9 +69,11 @@ def evaluate(
     """Measure how well a run's replacement model stands in for the original."""
     coder, loaded = load_run(run, model, loading)
     examples = _held_out(loaded, data, reading, prompts)
-    if json is not None:
+    here = crew()
+    if json is not None and here.leads:
         examples.skipped.list_in(json.with_suffix(".skipped.jsonl"))
-    result = run_evaluation(loaded, coder, examples)
+    result = run_evaluation(loaded, coder, examples, crew=here)
+    here.dismiss()
     if json is not None:
         write_text(json, result.to_json() + "\n")
     print("\n".join([*remarks(coder), evaluation_table(result)]))

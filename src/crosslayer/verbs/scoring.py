@@ -13,6 +13,7 @@ from crosslayer.coders.checkpoint import is_run
 from crosslayer.data.examples import Examples
 from crosslayer.data.load import EMOJI_SCENES, read_data
 from crosslayer.data.reading import DATA_KINDS, Reading
+from crosslayer.distributed.joining import crew
 from crosslayer.errors import UserError
 from crosslayer.files import check_folder, claim_folder, write_json, write_text
 from crosslayer.hallucination.answers import captions_task, match, read_answers
@@ -90,8 +91,12 @@ def score(
     """
     if limit is not None:
         check_positive(limit=limit)
+    here = crew()
+    resume = resume or here.restarted
+    if answers is not None:
+        here.dismiss()
     if not resume:
-        check_folder(out, overwrite)
+        here.first(lambda: check_folder(out, overwrite))
     if answers is not None:
         task, said = _existing(data, reading, truth, answers, limit)
         processor = None if model is None else loading.processor(model)
@@ -99,10 +104,11 @@ def score(
     else:
         speaker = _speaker(model or BUNDLED_MODEL, loading)
         task, processor = _task(speaker.model, data, reading, truth, limit, seed), speaker.model.processor
-        _claim(out, resume, overwrite)
+        here.first(lambda: _claim(out, resume, overwrite))
         settings = Answering(max_new_tokens=max_new_tokens, batch_prompts=batch_prompts)
         with speaker.speaking:
-            said = ask_on_disk(speaker.model, task, out, settings, name=speaker.name, resume=resume)
+            said = ask_on_disk(speaker.model, task, out, settings, name=speaker.name, resume=resume, crew=here)
+    here.dismiss()
     responses = label_all(task, said, processor)
     result = run_score(responses)
     about = {"model": model or ("" if answers else BUNDLED_MODEL), "data": task.name, "synonyms": task.table.name}

@@ -14,6 +14,7 @@ from crosslayer.attribution.aggregate import Aggregate
 from crosslayer.attribution.many import Tracing, Workers, aggregate
 from crosslayer.attribution.tally import Tally
 from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.distributed.crew import ALONE, Crew
 from crosslayer.errors import UserError
 from crosslayer.hallucination.circuits.cases import (
     DECISION,
@@ -80,6 +81,7 @@ def find_circuits(
     *,
     run: str = "",
     workers: Workers | None = None,
+    crew: Crew = ALONE,
 ) -> Circuits:
     """The circuits of one run.
 
@@ -92,6 +94,7 @@ def find_circuits(
         settings: which answers, and how.
         run: where the transcoder comes from, for the record.
         workers: processes to share the work.
+        crew: the same of torchrun; all of them have the result.
 
     Raises:
         UserError: for a run of another model, responses without token spans, too few of them, with how many it would
@@ -100,13 +103,13 @@ def find_circuits(
     s, folder = settings or CircuitSettings(), Path(folder)
     ReplacementModel(model, coder)  # refuses one that was trained on a model of another shape
     sets = _sets(model, responses, s)
-    looks = look(model, coder, [d for some in sets.values() for d in some], folder)
+    looks = look(model, coder, [d for some in sets.values() for d in some], folder, crew)
     graphs = asked(sets, looks, getattr(model.processor, "tokenizer", model.processor), folder)
     _check_sets(graphs)
     tracing = Tracing(features=s.max_features)
     cases = [graph.case for graph in graphs]
     found = aggregate(
-        model, coder, cases, out, run=run, tracing=tracing, share=s.share, seed=s.seed, workers=workers
+        model, coder, cases, out, run=run, tracing=tracing, share=s.share, seed=s.seed, workers=workers, crew=crew
     ).tallies
     moments = [moment for moment in (DECISION, NAMING) if any(graph.moment == moment for graph in graphs)]
     circuits = tuple(_circuit(moment, graphs, found, s) for moment in moments)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from crosslayer.attribution.targets import token_id
 from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.distributed.crew import ALONE, Crew
 from crosslayer.errors import UserError
 from crosslayer.hallucination.decisions import Decision, as_batch
 from crosslayer.models.hooks import reading
@@ -40,7 +41,9 @@ class Looks:
     acts: Float[np.ndarray, "n C"]
 
 
-def look(model: LoadedModel, coder: CrossLayerTranscoder, made: Sequence[Decision], folder: Path) -> Looks:
+def look(
+    model: LoadedModel, coder: CrossLayerTranscoder, made: Sequence[Decision], folder: Path, crew: Crew = ALONE
+) -> Looks:
     """Run the model over the responses as far as their decisions.
 
     Args:
@@ -48,10 +51,13 @@ def look(model: LoadedModel, coder: CrossLayerTranscoder, made: Sequence[Decisio
         coder: its transcoder.
         made: decisions.
         folder: that of the responses' file.
+        crew: the processes that share the work.
     """
-    starts = tqdm(range(0, len(made), TOGETHER), unit="batch", desc="look", disable=None, leave=False)
-    parts = [_look(model, coder, made[start : start + TOGETHER], folder) for start in starts]
-    return Looks(*(np.concatenate([getattr(part, name) for part in parts]) for name in Looks.__dataclass_fields__))
+    batches = [made[start : start + TOGETHER] for start in range(0, len(made), TOGETHER)]
+    looked = crew.map(lambda i: _look(model, coder, batches[i], folder), len(batches))
+    parts = list(tqdm(looked, total=len(batches), unit="batch", desc="look", disable=None, leave=False))
+    columns = {name: torch.cat([part[name] for part in parts]).numpy() for name in Looks.__dataclass_fields__}
+    return Looks(**columns)
 
 
 def quoted(tokenizer: Any, id: int) -> str | None:
@@ -64,7 +70,8 @@ def quoted(tokenizer: Any, id: int) -> str | None:
 
 
 @torch.no_grad()
-def _look(model: LoadedModel, coder: CrossLayerTranscoder, made: Sequence[Decision], folder: Path) -> Looks:
+def _look(model: LoadedModel, coder: CrossLayerTranscoder, made: Sequence[Decision], folder: Path) -> dict[str, Tensor]:
+    """The columns of `Looks` of a batch."""
     decided = as_batch(model, made, folder)
     rows = torch.arange(len(made), device=decided.position.device)
     reads: dict[int, Tensor] = {}
@@ -75,9 +82,9 @@ def _look(model: LoadedModel, coder: CrossLayerTranscoder, made: Sequence[Decisi
     tokenizer = getattr(model.processor, "tokenizer", model.processor)
     rivals = [next((id for id in ids[1:] if quoted(tokenizer, id)), ids[1]) for ids in likely]
     probability = logits.double().softmax(1).amax(1).clamp(max=1 - 1e-12)
-    return Looks(
-        np.array([ids[0] for ids in likely]),
-        np.array(rivals),
-        probability.logit().numpy(force=True),
-        torch.cat([part.dense() for part in codes], 1).float().numpy(force=True),
-    )
+    return {
+        "top": torch.tensor([ids[0] for ids in likely]),
+        "rival": torch.tensor(rivals),
+        "log_odds": probability.logit().cpu(),
+        "acts": torch.cat([part.dense() for part in codes], 1).float().cpu(),
+    }
