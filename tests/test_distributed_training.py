@@ -18,8 +18,8 @@ from crosslayer import (
     CrossLayerTranscoder,
     GroupMax,
     JointTopK,
+    JumpReLU,
     Muon,
-    TargetTied,
     TrainConfig,
     UserError,
     Wiring,
@@ -95,7 +95,7 @@ def test_a_signal_to_one_rank_stops_all_and_other_ranks_go_on(ranks, llama_folde
     stopped = ranks.run(2, trained, str(llama_folder), run, 2, {}, 4)
     assert stopped[0].startswith("stopped after")
     assert stopped == stopped[:1] * 2
-    assert ranks.run(4, trained, str(llama_folder), run, 2, {}) == [""] * 4
+    assert ranks.run(4, trained, str(llama_folder), run, 4, {}) == [""] * 4
     assert_same_run(tmp_path / "many", tmp_path / "one")
 
 
@@ -164,10 +164,15 @@ def test_ranks_that_were_given_different_things_all_say_so(ranks):
         ({"sparsity": GroupMax(2)}, "groupmax has k 2"),
         ({"optimizer": Muon()}, "muon"),
         ({"optimizer": Adam8bit()}, "adam-8bit"),
-        ({"decoder": TargetTied(topk_coalesced=2)}, "topk_coalesced"),
         ({"sparsity": BatchTopK(2), "loss": KL()}, "end-to-end"),
     ],
 )
 def test_what_cannot_be_split_over_features_is_refused(settings, named):
     with pytest.raises(UserError, match=named):
         check_shares(config(**settings), 32, 4)
+
+
+def test_columns_must_be_shared_evenly_where_there_are_some():
+    with pytest.raises(UserError, match="d_model is 30, which 4 feature ranks"):
+        check_shares(config(), 30, 4)
+    check_shares(config(sparsity=JumpReLU()), 30, 4)

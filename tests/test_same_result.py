@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 import pytest
@@ -30,6 +30,7 @@ from crosslayer import (
 )
 from crosslayer.activations.record import Activations
 from crosslayer.coders import draw
+from crosslayer.coders.sparsity import Sparsity
 from crosslayer.coders.sparsity.topk import kth_of_group
 from crosslayer.distributed.group import team_of
 from crosslayer.distributed.mesh import join
@@ -40,7 +41,7 @@ from crosslayer.training.stream import Place, shuffled_batches, usable_tokens
 from crosslayer.training.trainer import Trainer
 from making import random_activations, random_coder
 
-L, D, F, STEPS = 3, 6, 16, 6
+L, D, F, STEPS = 3, 8, 16, 6
 SPARSITIES = {"joint": JointTopK(4), "batch": BatchTopK(4), "jump": JumpReLU(0.05, initial_threshold=0.1)}
 WIRINGS = {"plt": Wiring.per_layer(L), "window": Wiring(L, 2), "clt": Wiring.full(L)}
 MESHES = {"2x1": (2, 1), "1x2": (2, 2), "2x2": (4, 2), "4x1": (4, 1), "1x4": (4, 4)}
@@ -60,9 +61,12 @@ OTHERS: dict[str, dict[str, Any]] = {
     "full with scales and offsets": {"decoder": Full(scale=True, offset=True)},
     "source-tied": {"decoder": SourceTied(scale=True)},
     "target-tied": {"decoder": TargetTied()},
+    "coalesced": {"decoder": TargetTied(topk_coalesced=2, scale=True)},
     "both tied": {"decoder": SourceAndTargetTied()},
     "low rank": {"decoder": LowRank(rank=2)},
     "skip": {"skip": Wiring.full(L)},
+    "dense, low rank, skip": {"sparsity": ReLU(0.01), "decoder": LowRank(rank=2, offset=True), "skip": Wiring.full(L)},
+    "dense, tied": {"sparsity": ReLU(0.01), "decoder": SourceAndTargetTied(scale=True)},
 }
 
 
@@ -170,25 +174,38 @@ def test_the_comparison_sees_revival_at_work():
     assert any(term.get("dead_penalty", 0) > 0 for term in terms)
 
 
-def finetuned_on_mesh(n_feature: int) -> dict[str, Any]:
+STARTS: dict[str, tuple[Sparsity, Sparsity | None]] = {
+    "as it is": (BatchTopK(4), None),
+    "thresholds": (JumpReLU(), None),
+    "dense from sparse": (TopK(2), JumpReLU(0.05)),
+    "sparse from dense": (ReLU(), TopK(2)),
+}
+"""The sparsity of a start, and the one that it is trained on with."""
+
+
+def finetuned_on_mesh(n_feature: int, kind: str) -> dict[str, Any]:
     team = team_of(join(n_feature))
-    return finetuned(team)
+    return finetuned(team, kind)
 
 
-def finetuned(team: Team) -> dict[str, Any]:
+def finetuned(team: Team, kind: str) -> dict[str, Any]:
+    before, after = STARTS[kind]
     with in_double():
-        start = random_coder(Wiring.full(L), BatchTopK(4), D=D, F=F)
+        start = random_coder(Wiring.full(L), before, D=D, F=F)
         start.cut.fill_(0.5)
-        config = TrainConfig(wiring=Wiring.full(L), sparsity=None, d_transcoder=F, tokens=300, batch_tokens=50)
-        coach = Trainer(config, scales(), start=parallelise(start, team), team=team)
+        if isinstance(before, JumpReLU):
+            start.with_thresholds(torch.rand(L, F, generator=torch.Generator().manual_seed(1)))
+        config = TrainConfig(wiring=Wiring.full(L), sparsity=after, d_transcoder=F, tokens=300, batch_tokens=50)
+        coach = Trainer(config, scales(), start=parallelise(start, team, after), team=team)
         for batch in islice(shuffled_batches(Chunks(team), 50, 0, Place(), team.tokens), 3):
             coach.step(batch.batch)
         return whole(coach.coder).state_dict()
 
 
-def test_a_finetuning_starts_from_ones_own_rows(ranks):
-    for found in ranks.run(2, finetuned_on_mesh, 2):
-        assert_same(found, finetuned(ALONE))
+@pytest.mark.parametrize("kind", STARTS)
+def test_a_finetuning_starts_from_ones_own_share(ranks, kind):
+    for found in ranks.run(2, finetuned_on_mesh, 2, kind):
+        assert_same(found, finetuned(ALONE, kind))
 
 
 @pytest.mark.parametrize("n", [1, 3, 10, 4099])
@@ -196,24 +213,26 @@ def test_rows_are_drawn_alike_whoever_holds_them(monkeypatch, n):
     monkeypatch.setattr(draw, "BLOCK", 4)
     generator = torch.Generator().manual_seed(7)
     wanted = [torch.empty(n, 2, 3).uniform_(-b, b, generator=generator) for b in (1.0, 0.5)]
-    for held in (range(n), range(n // 3, n), range(n // 2)):
-        drawing = draw.Draw(7, held, n)
+    for rows, columns in product((range(n), range(n // 3, n), range(n // 2)), (range(3), range(1, 3))):
+        drawing = draw.Draw(torch.Generator().manual_seed(7), rows, n, columns, 3)
         for bound, tensor in zip((1.0, 0.5), wanted, strict=True):
-            rows = torch.zeros(len(held), 2, 3)
-            drawing(rows, bound)
-            assert torch.equal(rows, tensor[held.start : held.stop])
+            part = torch.zeros(len(rows), 2, len(columns))
+            drawing(part, bound)
+            assert torch.equal(part, tensor[rows.start : rows.stop, :, columns.start : columns.stop])
 
 
-def own_rows(n_feature: int) -> bool:
+def own_share(n_feature: int, sparsity: Sparsity) -> tuple[bool, torch.Size]:
     team = team_of(join(n_feature))
     coder = random_coder(Wiring.full(L), JumpReLU(), D=D, F=F)
     coder.with_thresholds(torch.rand(L, F, generator=torch.Generator().manual_seed(1)))
-    again = whole(parallelise(coder, team))
-    return all(torch.equal(value, again.state_dict()[name]) for name, value in coder.state_dict().items())
+    own = parallelise(coder, team, sparsity)
+    again = whole(own).state_dict()
+    return all(torch.equal(value, again[name]) for name, value in coder.state_dict().items()), own.W_dec[0].shape
 
 
-def test_a_coder_taken_apart_and_put_together_is_the_same(ranks):
-    assert ranks.run(4, own_rows, 4) == [True] * 4
+@pytest.mark.parametrize(("sparsity", "shape"), [(TopK(2), (F, L, D // 4)), (ReLU(), (F // 4, L, D))])
+def test_a_coder_taken_apart_and_put_together_is_the_same(ranks, sparsity, shape):
+    assert ranks.run(4, own_share, 4, sparsity) == [(True, shape)] * 4
 
 
 def statistics() -> dict[str, torch.Tensor]:

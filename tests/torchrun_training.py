@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from crosslayer.coders.sparsity import JointTopK
 from crosslayer.distributed.checkpoint import has_checkpoint
 from crosslayer.distributed.group import team_of
 from crosslayer.distributed.mesh import join, leave, restarts
-from crosslayer.distributed.state import CHECKPOINT, ShardedState, export_rows
+from crosslayer.distributed.state import CHECKPOINT, ShardedState, export_shares
 from crosslayer.team import LostError, Team, share
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.fit import fit
@@ -73,7 +74,7 @@ def main(run: Path, lives: int) -> None:
     batches = shuffled_batches(source, BATCH, 0, place, team.tokens)
     place = fit(trainer, batches, place, run, states, checkpoint_seconds=0.05)
     coder = trainer.finish(usable_tokens(source, place, BATCH, 100, 0, team.tokens))
-    coder.save(run, lambda path, record, tensors: export_rows(mesh, path, record, tensors))
+    coder.save(run, partial(export_shares, mesh, coder.sharing))
     states.remove()
     leave()
 

@@ -4,7 +4,7 @@ A process alone is a team of one, for which all of this is the identity; `crossl
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -42,6 +42,10 @@ class Group(Protocol):
         """Everybody's rows, by rank; their numbers may differ."""
         ...
 
+    def sum_back(self, parts: Sequence[Tensor]) -> Tensor:
+        """The way back from `gather`: the sum, over all, of what each has as the part of this process."""
+        ...
+
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Give these parameters, in place, the sum of everybody's gradients."""
         ...
@@ -63,6 +67,10 @@ class Alone:
     def gather(self, rows: Tensor) -> list[Tensor]:
         """See `Group.gather`."""
         return [rows]
+
+    def sum_back(self, parts: Sequence[Tensor]) -> Tensor:
+        """See `Group.sum_back`."""
+        return parts[0]
 
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
         """See `Group.sum_gradients`."""
@@ -114,7 +122,12 @@ class Places:
 
 def share(group: Group, n: int) -> range:
     """Which of n things fall to this process, if each takes as many of those next to each other."""
-    return range(group.rank * n // group.size, (group.rank + 1) * n // group.size)
+    return shares(group.size, n)[group.rank]
+
+
+def shares(size: int, n: int) -> list[range]:
+    """Which of n things fall to each of so many processes."""
+    return [range(rank * n // size, (rank + 1) * n // size) for rank in range(size)]
 
 
 def count(group: Group, n: int) -> int:

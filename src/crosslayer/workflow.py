@@ -22,7 +22,7 @@ from crosslayer.distributed.group import team_of
 from crosslayer.distributed.mesh import Mesh
 from crosslayer.distributed.model import spread
 from crosslayer.distributed.sharding import check_shares, parallelise
-from crosslayer.distributed.state import CHECKPOINT, ShardedState, export_rows
+from crosslayer.distributed.state import CHECKPOINT, ShardedState, export_shares
 from crosslayer.errors import UserError
 from crosslayer.files import check_folder, claim_folder, read_json
 from crosslayer.models.load import LoadedModel
@@ -69,7 +69,7 @@ def train(
         resume: go on from the state in `out`; the result is that of an uninterrupted training.
         overwrite: replace the run that `out` holds.
         checkpoint_seconds: time between two states on disk.
-        mesh: the ranks that train together, each of which calls this; what is returned is this rank's rows.
+        mesh: the ranks that train together, each of which calls this; what is returned is this rank's share.
         shard_model: spread the model's weights over the ranks, in place, instead of a copy in each.
 
     Raises:
@@ -180,7 +180,7 @@ def _run(
     if job.mesh is None:
         coder.save(run)
     else:
-        coder.save(run, partial(export_rows, job.mesh))
+        coder.save(run, partial(export_shares, job.mesh, coder.sharing))
     states.remove()
     return coder
 
@@ -213,7 +213,7 @@ def _trainer(job: _Job, config: TrainConfig, scales: Scales, start: str | Path |
     coder = None if start is None else CrossLayerTranscoder.load(start)
     if coder is not None:
         check_match(coder, job.origin.model_id, job.n_layers, job.d_model, job.origin.read)  # before it is trained
-        coder = parallelise(coder, team)
+        coder = parallelise(coder, team, config.sparsity)
     trainer = Trainer(config, scales, objective, coder, team)
     trainer.coder.provenance = job.origin
     return trainer

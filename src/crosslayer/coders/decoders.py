@@ -63,9 +63,8 @@ class Bank(nn.Module):
         """Lengths of all `base` vectors."""
         raise NotImplementedError
 
-    def initialise(self, draw: Draw) -> None:
-        """Draw the write vectors from U(+-(L D)^-1/2)."""
-        bound = (self.wiring.n_layers * self.d_model) ** -0.5
+    def initialise(self, draw: Draw, bound: float) -> None:
+        """Draw the write vectors from U(+-bound)."""
         for name, parameter in self.named_parameters():
             if name.startswith("W_"):
                 draw(parameter, bound)

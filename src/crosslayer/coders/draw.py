@@ -1,4 +1,6 @@
-"""Random weights that come out the same whoever holds which rows of them."""
+"""Random weights that come out the same whoever holds which part of them."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -7,28 +9,32 @@ BLOCK = 4096
 """Rows drawn at a time."""
 
 
+@dataclass(frozen=True)
 class Draw:
-    """Draws from one generator, for a process that holds some rows of every parameter.
+    """Draws for a process that holds some rows and columns of every parameter.
 
-    All rows are drawn, a block at a time, and those of others forgotten, so that nobody ever holds a whole layer.
-
-    Args:
-        seed: of the generator.
-        held: the rows that are kept.
-        n_rows: all that there are.
+    All are drawn, a block of rows at a time, and those of others forgotten, so that nobody ever holds a whole layer.
     """
 
-    def __init__(self, seed: int, held: range, n_rows: int):
-        self.generator, self.held, self.n_rows = torch.Generator().manual_seed(seed), held, n_rows
+    generator: torch.Generator
+    rows: range
+    """Those that are kept, on the first axis."""
+    n_rows: int
+    """All that there are."""
+    columns: range
+    """Those that are kept, on the last axis."""
+    n_columns: int
+    """All that there are."""
 
     @torch.no_grad()
     def __call__(self, parameter: Tensor, bound: float) -> None:
-        """Fill a parameter, whose first axis is that of the rows held, from U(+-bound)."""
+        """Fill a parameter of the rows and columns that are kept from U(+-bound)."""
+        columns = slice(self.columns.start, self.columns.stop)
         for start in range(0, self.n_rows, BLOCK):
             rows = range(start, min(start + BLOCK, self.n_rows))
-            block = torch.empty(len(rows), *parameter.shape[1:], dtype=parameter.dtype)
+            block = torch.empty(len(rows), *parameter.shape[1:-1], self.n_columns, dtype=parameter.dtype)
             block.uniform_(-bound, bound, generator=self.generator)
-            first, last = max(rows.start, self.held.start), min(rows.stop, self.held.stop)
+            first, last = max(rows.start, self.rows.start), min(rows.stop, self.rows.stop)
             if first < last:
-                here = slice(first - self.held.start, last - self.held.start)
-                parameter[here] = block[first - start : last - start].to(parameter.device)
+                here = slice(first - self.rows.start, last - self.rows.start)
+                parameter[here] = block[first - start : last - start, ..., columns].to(parameter.device)

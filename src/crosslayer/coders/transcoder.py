@@ -16,6 +16,7 @@ from crosslayer.coders.decoders import Decoder, Full, read_decoder, write_decode
 from crosslayer.coders.draw import Draw
 from crosslayer.coders.input_norm import InputNorm, read_norm, write_norm
 from crosslayer.coders.products import affine
+from crosslayer.coders.sharing import Sharing, axis_of, better
 from crosslayer.coders.sparsity import (
     BatchTopK,
     Encoded,
@@ -79,8 +80,9 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         input_norm: what x passes before the encoders read it; None for x itself. Skip connections pass x itself on.
         kept_layers: layers that no source writes to and whose own MLP stays in a replacement model; the others of
             that kind are written their bias.
-        team: processes that hold its features together, F a layer in all; this one has its share of the rows of every
-            parameter but `b_dec` and `W_skip`, of which each has all.
+        team: processes that hold it together, each its share of the features of every encoder.
+        sharing: how they share the rest; what sends less under `sparsity` when left out. The D of what is written, in
+            the shapes above and in what is decoded, are then C, the columns of a process.
 
     Raises:
         UserError: for parts that do not go together, naming them.
@@ -103,6 +105,7 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         input_norm: InputNorm | None = None,
         kept_layers: Sequence[int] = (),
         team: Team = ALONE,
+        sharing: type[Sharing] | None = None,
     ):
         super().__init__()
         if d_transcoder < 1:
@@ -117,13 +120,14 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         self.input_norm, self.kept_layers = input_norm, tuple(kept_layers)
         self.provenance, self.offloaded = Provenance(), False
         self.team, self.held = team, share(team.features, d_transcoder)
-        F, L, D = len(self.held), wiring.n_layers, d_model
+        self.sharing = (sharing or better(sparsity))(team.features, d_transcoder, d_model)
+        F, L, D, C = len(self.held), wiring.n_layers, d_model, len(self.sharing.columns)
         self.W_enc = nn.ParameterList(torch.zeros(F, D) for _ in self.sources)
         self.b_enc = nn.ParameterList(torch.zeros(F) for _ in self.sources)
-        self.decoder = (decoder or Full()).build(wiring, d_model, F)
-        self.b_dec = nn.Parameter(torch.zeros(L, D))
+        self.decoder = (decoder or Full()).build(wiring, C, len(self.sharing.rows))
+        self.b_dec = nn.Parameter(torch.zeros(L, C))
         skips = skip.source_layers if skip else ()
-        self.W_skip = nn.ParameterList(torch.zeros(skip.n_targets(s), D, D) for s in skips if skip)
+        self.W_skip = nn.ParameterList(torch.zeros(skip.n_targets(s), C, D) for s in skips if skip)
         self.log_threshold = nn.ParameterList()
         for name in ("thresholds", "input_scale", "output_scale"):
             self.register_buffer(name, None)
@@ -139,10 +143,12 @@ class CrossLayerTranscoder(nn.Module, Encoder):
 
     def initialise(self, seed: int) -> "CrossLayerTranscoder":
         """Draw W_enc ~ U(+-F^-1/2) and write vectors ~ U(+-(L D)^-1/2); biases and skips stay 0."""
-        draw = Draw(seed, self.held, self.d_transcoder)
+        F, D, generator = self.d_transcoder, self.d_model, torch.Generator().manual_seed(seed)
+        draw = Draw(generator, self.held, F, range(D), D)
         for W_enc in self.W_enc:
-            draw(W_enc, self.d_transcoder**-0.5)
-        self.decoder.initialise(draw)
+            draw(W_enc, F**-0.5)
+        draw = Draw(generator, self.sharing.rows, F, self.sharing.columns, D)
+        self.decoder.initialise(draw, (self.wiring.n_layers * D) ** -0.5)
         return self.learn_thresholds()
 
     def learn_thresholds(self) -> "CrossLayerTranscoder":
@@ -175,12 +181,12 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         return affine(x, self.W_enc[i].to(x.device), self.b_enc[i])
 
     def held_by_all(self) -> list[nn.Parameter]:
-        """The parameters that every process of the team has in whole; they have their share of rows of the others."""
-        return [self.b_dec, *self.W_skip]
+        """The parameters that every process of the team has in whole; they have their share of the others."""
+        return [p for name, p in self.named_parameters() if axis_of(self.sharing, name) is None]
 
     def decoder_norms(self) -> Float[Tensor, "S F"]:
         """Length of each feature's write vectors over all its targets."""
-        return self.decoder.norms().to(self.b_dec.device)
+        return self.sharing.norms(self.decoder.norms()).to(self.b_dec.device)
 
     def encode(self, x: Float[Tensor, "N L D"]) -> list[Codes]:
         """Codes of every source layer, each layer's x given (not the replaced stream's); layer by layer if possible."""
@@ -231,7 +237,7 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         Biases are in it already for the N, not for the bare ones after them.
         """
         start = torch.cat([self.b_dec.flatten().expand(n_tokens, -1), self.b_dec.new_zeros(n_bare, self.b_dec.numel())])
-        if self.team.features.rank:  # what all hold is written by one
+        if not self.sharing.has_biases:
             start = torch.zeros_like(start)
         k = getattr(self.decoder.settings, "topk_coalesced", None)
         return RunningWrites(self.decoder, start) if k is None else CoalescedWrites(self.decoder, start, k)
@@ -240,7 +246,7 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         """Add, in place, what a layer's features and its skip connection write; codes of None for no features."""
         if codes is not None:
             writes.add(self.sources.index(layer), codes)
-        if self.skip is not None and layer in self.skip.source_layers and not self.team.features.rank:
+        if self.skip is not None and layer in self.skip.source_layers and self.sharing.has_biases:
             writes.add_linear(self.skip.targets(layer).start, self.skipped(layer, x))
 
     def skipped(self, layer: int, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N K"]:
@@ -254,13 +260,13 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         y = writes.write(target)
         return y if self.output_scale is None else y * self.output_scale[target]
 
-    def decode(self, codes: Sequence[Codes], x: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
+    def decode(self, codes: Sequence[Codes], x: Float[Tensor, "N L D"]) -> Float[Tensor, "N L C"]:
         """The reconstructed writes of all layers, from the codes of all sources and what the layers read."""
         return self._decode(codes, x, 0)
 
     def decode_beside(
         self, codes: Sequence[Codes], x: Float[Tensor, "N L D"], others: Sequence[Codes]
-    ) -> tuple[Float[Tensor, "N L D"], Float[Tensor, "M L D"]]:
+    ) -> tuple[Float[Tensor, "N L C"], Float[Tensor, "M L C"]]:
         """The same, and what other codes write to M tokens of their own, without biases and skips.
 
         In one pass, so that weights get one gradient instead of the sum of two.
@@ -270,13 +276,14 @@ class CrossLayerTranscoder(nn.Module, Encoder):
         return y[: len(x)], y[len(x) :]
 
     def _decode(self, codes: Sequence[Codes], x: Tensor, n_bare: int) -> Tensor:
-        writes, by_layer = self.writes(len(x), n_bare), dict(zip(self.sources, codes, strict=True))
+        everybodys = self.sharing.codes(codes)
+        writes, by_layer = self.writes(len(x), n_bare), dict(zip(self.sources, everybodys, strict=True))
         for layer in range(self.wiring.n_layers):
             self.add_layer(writes, layer, by_layer.get(layer), x[:, layer])
-        y = self.team.features.sum(writes.everything())
+        y = self.sharing.writes(writes.everything())
         return y if self.output_scale is None else y * self.output_scale[:, None]
 
-    def forward(self, x: Float[Tensor, "N L D"]) -> Float[Tensor, "N L D"]:
+    def forward(self, x: Float[Tensor, "N L D"]) -> Float[Tensor, "N L C"]:
         """Reconstruct the MLP writes of N tokens from the streams that the MLPs read."""
         return self.decode(self.encode(x), x)
 

@@ -1,7 +1,8 @@
 """A run folder written by many ranks, each its own rows: no process ever holds more than its part of the coder.
 
 The files are what one process would have written, byte for byte: every rank writes its rows straight to where they
-belong in the safetensors file (a length, a JSON header, then the tensors one after another in row-major order).
+belong in the safetensors file (a length, a JSON header, then the tensors one after another in row-major order). Where
+ranks hold columns, they swap them for rows, some at a time.
 """
 
 import json
@@ -16,11 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from crosslayer.coders.checkpoint import complete_run, plan_files
+from crosslayer.distributed.group import RankGroup
 from crosslayer.errors import UserError
 from crosslayer.files import UNFINISHED, sync
+from crosslayer.team import shares
 
 DTYPES = {
     torch.bool: "BOOL",
@@ -45,8 +48,8 @@ def export_run(path: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]
     Args:
         path: folder of the run, made where it does not exist.
         config: JSON values.
-        tensors: by name, the same names in the same order on all ranks: DTensors whose first axis is sharded or that
-            are replicated, or plain tensors that are equal on all ranks. On any device.
+        tensors: by name, the same names in the same order on all ranks: DTensors of which one axis is sharded, evenly
+            unless it is the first, or that are replicated, or plain tensors that are equal on all ranks. On any device.
 
     Raises:
         UserError: on all ranks, when the file system refuses one of them.
@@ -110,35 +113,56 @@ def _make(part: Path, layout: _Layout) -> None:
 
 
 def _fill(part: Path, layout: _Layout, tensors: Mapping[str, Tensor]) -> None:
-    """Write what is this rank's to write of a file."""
-    with part.open("r+b", buffering=0) as file:
-        for name, begin in layout.begins.items():
-            rows, first = _own_rows(tensors[name])
-            row_bytes = math.prod(tensors[name].shape[1:]) * tensors[name].element_size()
-            file.seek(begin + first * row_bytes)
-            for piece in rows.reshape(-1).split(PIECE // rows.element_size()):
-                _write_all(file, piece)
-        os.fsync(file.fileno())
+    """Write what is this rank's to write of a file; one that cannot still swaps, as others wait for its columns."""
+    problem = None
+    for name, begin in layout.begins.items():
+        row_bytes = math.prod(tensors[name].shape[1:]) * tensors[name].element_size()
+        for rows, first in _own_rows(tensors[name].detach()):
+            try:
+                if problem is None:
+                    _write(part, begin + first * row_bytes, rows)
+            except OSError as error:
+                problem = error
+    if problem is not None:
+        raise problem
+    sync(part)
 
 
-def _own_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """The rows that this rank writes, maybe none, and the number of the first; each row is written by one rank."""
-    tensor = tensor.detach()
+def _own_rows(tensor: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Rows that this rank writes and the number of the first of them; each row is written by one rank."""
     if not isinstance(tensor, DTensor):
-        return (tensor if _is_first() else tensor.new_empty(0)), 0
-    place = tensor.device_mesh.get_coordinate()
-    kinds = tensor.placements
-    assert all(kind.is_replicate() or kind.is_shard(0) for kind in kinds), f"{kinds} are not rows"
+        if _is_first():
+            yield tensor, 0
+        return
+    place, kinds = tensor.device_mesh.get_coordinate(), tensor.placements
     if place is None or any(place[axis] for axis, kind in enumerate(kinds) if kind.is_replicate()):
-        return tensor.to_local().new_empty(0), 0
-    chunk = tensor.__create_chunk_list__()[0]
-    return tensor.to_local(), chunk.offsets[0] if chunk.offsets else 0
+        return
+    split = [(axis, kind.dim) for axis, kind in enumerate(kinds) if isinstance(kind, Shard) and kind.dim]
+    if split:
+        yield from _swapped(tensor, *split[0])
+    else:
+        chunk = tensor.__create_chunk_list__()[0]
+        yield tensor.to_local(), chunk.offsets[0] if chunk.offsets else 0
 
 
-def _write_all(file: Any, piece: Tensor) -> None:
-    left = piece.cpu().view(torch.uint8).numpy()
-    while len(left):
-        left = left[file.write(left) :]
+def _swapped(tensor: DTensor, mesh_axis: int, axis: int) -> Iterator[tuple[Tensor, int]]:
+    """This rank's share of the rows, some at a time, from ranks that hold them cut along another axis."""
+    group = RankGroup(tensor.device_mesh.get_group(mesh_axis))
+    own, all_rows = tensor.to_local(), shares(group.size, len(tensor))
+    step = max(1, PIECE // (math.prod(tensor.shape[1:]) * tensor.element_size()))
+    for start in range(0, max(map(len, all_rows)), step):
+        rows = [mine[start : start + step] for mine in all_rows]
+        parts = group.swap([own[some.start : some.stop] for some in rows])
+        yield torch.cat(list(parts), axis), rows[group.rank].start
+
+
+def _write(part: Path, place: int, rows: Tensor) -> None:
+    with part.open("r+b", buffering=0) as file:
+        file.seek(place)
+        for piece in rows.reshape(-1).split(PIECE // rows.element_size()):
+            left: Any = piece.cpu().view(torch.uint8).numpy()
+            while len(left):
+                left = left[file.write(left) :]
 
 
 def _is_first() -> bool:

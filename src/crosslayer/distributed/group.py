@@ -1,5 +1,6 @@
 """A group of ranks that sums and gathers, for code that knows nothing of torch.distributed."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,6 +57,19 @@ class RankGroup:
         padded[: len(rows)] = rows
         plain = padded.view(torch.uint8) if padded.dtype == torch.bool else padded
         return [part.view(rows.dtype)[:n] for part, n in zip(self._all(plain), lengths, strict=True)]
+
+    def sum_back(self, parts: Sequence[Tensor]) -> Tensor:
+        """See `Group.sum_back`."""
+        return self.swap(parts).sum(0)
+
+    def swap(self, parts: Sequence[Tensor]) -> Tensor:
+        """What each rank has as the part of this one, one after another; parts of one rank are of one shape."""
+        lengths, own = [len(part) for part in parts], parts[self.rank]
+        got = own.new_empty(self.size, *own.shape)
+        with hearing():
+            sizes = ([len(own)] * self.size, lengths)
+            dist.all_to_all_single(got.flatten(0, 1), torch.cat(list(parts)), *sizes, group=self.ranks)
+        return got
 
     @torch.no_grad()
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:

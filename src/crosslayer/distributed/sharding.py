@@ -1,28 +1,29 @@
-"""The features of a coder over ranks: one's own rows of it, the whole from all ranks, and what cannot be split."""
+"""A coder over ranks: one's own share of it, the whole from all ranks, and what cannot be split."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from crosslayer.coders.sparsity import GroupMax
+from crosslayer.coders.sharing import ByColumns, Sharing, axis_of, better
+from crosslayer.coders.sparsity import GroupMax, Sparsity
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.errors import UserError
-from crosslayer.team import ALONE, Team
+from crosslayer.team import ALONE, Team, share
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.losses import FVU
 from crosslayer.training.optimizers import Adam8bit, Muon
 
 
-def parallelise(coder: CrossLayerTranscoder, team: Team) -> CrossLayerTranscoder:
-    """A coder of this process's rows of a whole one."""
-    own = _like(coder, team)
-    rows = slice(own.held.start, own.held.stop)
+def parallelise(coder: CrossLayerTranscoder, team: Team, sparsity: Sparsity | None = None) -> CrossLayerTranscoder:
+    """A coder of this process's share of a whole one, to be trained under a sparsity, or under the coder's own."""
+    own = _like(coder, team, better(sparsity or coder.sparsity_at(1.0)))
     for name, tensor in _tensors(own).items():
-        whole = _tensors(coder)[name]
-        tensor.data.copy_(
-            whole if tensor.shape == whole.shape else whole[rows] if name != "thresholds" else whole[:, rows]
-        )
+        whole, axis = _tensors(coder)[name], axis_of(own.sharing, name)
+        if axis is not None:
+            held = share(team.features, whole.shape[axis])
+            whole = whole.narrow(axis, held.start, len(held))
+        tensor.data.copy_(whole)
     return own
 
 
@@ -32,15 +33,13 @@ def whole(coder: CrossLayerTranscoder) -> CrossLayerTranscoder:
     features = coder.team.features
     if features.size == 1:
         return coder
-    out = _like(coder, ALONE)
+    out = _like(coder, ALONE, type(coder.sharing))
     for name, tensor in _tensors(coder).items():
-        target = _tensors(out)[name]
-        if target.shape == tensor.shape:
-            target.data.copy_(tensor)
-        else:
-            axis = 1 if name == "thresholds" else 0
-            parts = features.gather(tensor.detach().transpose(0, axis).contiguous())
-            target.data.copy_(torch.cat(parts).transpose(0, axis))
+        axis = axis_of(coder.sharing, name)
+        if axis is not None:
+            parts = features.gather(tensor.detach().movedim(axis, 0).contiguous())
+            tensor = torch.cat(parts).movedim(0, axis)
+        _tensors(out)[name].data.copy_(tensor)
     return out
 
 
@@ -57,6 +56,11 @@ def check_shares(config: TrainConfig, d_model: int, n_feature: int) -> None:
             f"d_transcoder is {F}, which {n_feature} feature ranks cannot share evenly; "
             f"the nearest that they can is {near}"
         )
+    by_columns = config.sparsity is None or better(config.sparsity) is ByColumns
+    if by_columns and d_model % n_feature:
+        raise UserError(
+            f"d_model is {d_model}, which {n_feature} feature ranks cannot share evenly; choose a divisor of it"
+        )
     if n_feature == 1:
         return
     sparsity: Any = config.sparsity
@@ -68,7 +72,6 @@ def check_shares(config: TrainConfig, d_model: int, n_feature: int) -> None:
     refused = {
         "optimizer muon works on whole matrices": isinstance(config.optimizer, Muon),
         "optimizer adam-8bit scales blocks of moments": isinstance(config.optimizer, Adam8bit),
-        "topk_coalesced chooses among all features of a token": bool(getattr(config.decoder, "topk_coalesced", None)),
         "an end-to-end loss runs through every layer": not isinstance(config.loss, FVU),
     }
     for what, asked in refused.items():
@@ -76,8 +79,8 @@ def check_shares(config: TrainConfig, d_model: int, n_feature: int) -> None:
             raise UserError(f"{what}, which cannot be split over {n_feature} feature ranks; leave out --feature-ranks")
 
 
-def _like(coder: CrossLayerTranscoder, team: Team) -> CrossLayerTranscoder:
-    """A coder of the same architecture and state, still zero, with the rows of another place in a team."""
+def _like(coder: CrossLayerTranscoder, team: Team, sharing: type[Sharing]) -> CrossLayerTranscoder:
+    """A coder of the same architecture and state, still zero, with the share of another place in a team."""
     out = CrossLayerTranscoder(
         coder.wiring,
         coder.d_model,
@@ -88,6 +91,7 @@ def _like(coder: CrossLayerTranscoder, team: Team) -> CrossLayerTranscoder:
         coder.input_norm,
         coder.kept_layers,
         team,
+        sharing,
     )
     out = out.to(coder.b_dec.device, coder.b_dec.dtype).requires_grad_(coder.b_dec.requires_grad).train(coder.training)
     out.provenance = coder.provenance

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from crosslayer.coders.checkpoint import CONFIG
+from crosslayer.coders.sharing import Sharing, axis_of
 from crosslayer.distributed.checkpoint import Checkpointer, has_checkpoint, load, read_header, remove
 from crosslayer.distributed.export import export_run
 from crosslayer.distributed.group import team_of
@@ -23,14 +24,10 @@ from crosslayer.training.trainer import Trainer
 
 CHECKPOINT = "checkpoint"
 """Folder, in that of the run, of the state."""
-ACROSS = ("density", "coder.thresholds")
-"""Tensors whose features are the second axis; they are kept the other way round."""
-HELD_BY_ALL = ("b_dec.", "first_write.", "W_skip.", "cut")
-"""How the names of a run's tensors begin that every rank has in whole."""
 
 
 class ShardedState:
-    """Keeps the state of a training as a checkpoint of all ranks, to which each writes its rows.
+    """Keeps the state of a training as a checkpoint of all ranks, to which each writes its share.
 
     Args:
         run: folder of the run.
@@ -51,19 +48,20 @@ class ShardedState:
             if self.everyone.rank == 0:
                 sweep(self.run)
                 truncate_log(self.run, header)
-        saved = load(self.run / CHECKPOINT, lambda name, shape, kind: self._empty(name in header["rows"], shape, kind))
+        axes = header["axes"]
+        saved = load(self.run / CHECKPOINT, lambda name, shape, kind: self._empty(axes.get(name), shape, kind))
         tensors = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in saved.tensors.items()}
-        return kept({n: (t.T.contiguous() if n in ACROSS else t).to(device) for n, t in tensors.items()}, header)
+        return kept({name: tensor.to(device) for name, tensor in tensors.items()}, header)
 
     def save(self, trainer: Trainer, place: Place) -> None:
         """See `States.save`; returns once the state is copied, and writes it meanwhile."""
         if self._saving is None:
             with hearing():
                 self._saving = Checkpointer(self.run / CHECKPOINT, timedelta(seconds=self.mesh.timeout))
-        tensors, rows = trainer.state()[0], _rows(trainer)
-        spread = {n: spread_rows(self.mesh, t.T if n in ACROSS else t) if n in rows else t for n, t in tensors.items()}
+        tensors, axes = trainer.state()[0], _axes(trainer)
+        spread = {name: spread_over(self.mesh, tensor, axes.get(name)) for name, tensor in tensors.items()}
         with hearing():
-            self._saving.save(spread, {**header_of(trainer, place, self.context), "rows": sorted(rows)})
+            self._saving.save(spread, {**header_of(trainer, place, self.context), "axes": axes})
 
     def close(self) -> None:
         """See `States.close`."""
@@ -86,29 +84,32 @@ class ShardedState:
         check_same(header, config, self.context, self.run)
         return header
 
-    def _empty(self, is_split: bool, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        if not is_split:
-            return torch.empty(shape, dtype=dtype)
-        return spread_rows(self.mesh, torch.empty(shape[0] // self.mesh.n_feature, *shape[1:], dtype=dtype))
+    def _empty(self, axis: int | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        sizes = list(shape)
+        if axis is not None:
+            sizes[axis] //= self.mesh.n_feature
+        return spread_over(self.mesh, torch.empty(sizes, dtype=dtype), axis)
 
 
-def export_rows(mesh: Mesh, path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write a run of which each rank holds some rows; see `crosslayer.coders.checkpoint.write_run`."""
-    spread = {n: t if n.startswith(HELD_BY_ALL) else spread_rows(mesh, t) for n, t in tensors.items()}
-    export_run(path, config, spread)
+def export_shares(mesh: Mesh, sharing: Sharing, path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write a run of which each rank holds a share; see `crosslayer.coders.checkpoint.write_run`."""
+    export_run(path, config, {name: spread_over(mesh, t, axis_of(sharing, name)) for name, t in tensors.items()})
 
 
-def spread_rows(mesh: Mesh, rows: Tensor) -> Tensor:
-    """The tensor of which the feature ranks hold these rows each, and the data ranks the same."""
-    return DTensor.from_local(rows.contiguous(), mesh.devices, (Replicate(), Shard(0)), run_check=False)
+def spread_over(mesh: Mesh, own: Tensor, axis: int | None) -> Tensor:
+    """The tensor of which the feature ranks hold these parts along an axis, the data ranks the same; None: whole."""
+    if axis is None:
+        return own
+    kinds = (Replicate(), Shard(axis % own.dim()))
+    return DTensor.from_local(own.contiguous(), mesh.devices, kinds, run_check=False)
 
 
-def _rows(trainer: Trainer) -> set[str]:
-    """Names of the tensors of a state of which a rank has some rows: parameters, their moments, what goes with them."""
-    shared = trainer.coder.held_by_all()
-    own = {id(p) for p in trainer.coder.parameters() if not any(p is other for other in shared)}
-    names = {f"coder.{name}" for name, p in trainer.coder.named_parameters() if id(p) in own}
+def _axes(trainer: Trainer) -> dict[str, int]:
+    """The axis along which tensors of a state are shared: those of the coder, their moments, and densities."""
+    coder, tensors = trainer.coder, trainer.state()[0]
+    axes = {name: axis_of(coder.sharing, name) for name in tensors if name.startswith("coder.")}
+    axis_by_id = {id(p): axis_of(coder.sharing, name) for name, p in coder.named_parameters()}
     for number, optimizer in enumerate(trainer.optimizers):
         for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            names |= {f"optimizer.{number}.{index}.{key}" for key in ("exp_avg", "exp_avg_sq") if id(p) in own}
-    return {name for name in (*names, *ACROSS) if name in trainer.state()[0]}
+            axes |= {f"optimizer.{number}.{index}.{key}": axis_by_id[id(p)] for key in ("exp_avg", "exp_avg_sq")}
+    return {name: axis for name, axis in (axes | {"density": -1}).items() if name in tensors and axis is not None}

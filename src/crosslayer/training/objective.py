@@ -84,9 +84,11 @@ class Reconstruction:
             y_hat, explained = coder.decode_beside(encoded.codes, tokens.x, revived)
         else:
             y_hat, explained = coder.decode(encoded.codes, tokens.x), None
-        fvu = layer_fvu(tokens.y, y_hat, self.variance, places.total)
+        columns, column_group = coder.sharing.columns, coder.sharing.column_group
+        y = tokens.y.narrow(2, columns.start, len(columns))
+        fvu = column_group.sum(layer_fvu(y, y_hat, self.variance, places.total))
         terms = {"fvu": fvu.mean(), "penalty": coder.sparsity_at(progress).penalty(coder, encoded, progress)}
-        terms["auxk"] = 0.0 if explained is None else self.auxk.loss(explained, tokens.y - y_hat, team.tokens)
+        terms["auxk"] = 0.0 if explained is None else self.auxk.loss(explained, y - y_hat, team.tokens, column_group)
         terms["dead_penalty"] = self.dead_penalty.loss(coder, encoded, dead)
         terms = {name: term for name, term in terms.items() if isinstance(term, Tensor)}
         loss = torch.stack(list(terms.values())).sum()

@@ -50,15 +50,19 @@ class AuxK:
         return encode_patterns(coder, x, pre, patterns)
 
     def loss(
-        self, explained: Float[Tensor, "M L D"], residual: Float[Tensor, "N L D"], tokens: Group = ALONE.tokens
+        self,
+        explained: Float[Tensor, "M L C"],
+        residual: Float[Tensor, "N L C"],
+        tokens: Group = ALONE.tokens,
+        columns: Group = ALONE.features,
     ) -> Tensor:
         """The weighted auxiliary loss of what these codes write, beside the residual of the same tokens.
 
-        Where others look at other tokens, it is these tokens' part of the whole.
+        Where others look at other tokens, it is these tokens' part of the whole. `columns` have other columns.
         """
         target = residual[: len(explained)].detach()
-        size = tokens.sum(target.square().sum((0, 2))).clamp_min(1e-12)
-        error = (explained - target).square().sum((0, 2)) / size
+        size = columns.sum(tokens.sum(target.square().sum((0, 2)))).clamp_min(1e-12)
+        error = columns.sum((explained - target).square().sum((0, 2))) / size
         return self.coefficient * error.mean()
 
 

@@ -204,7 +204,8 @@ def _fresh(config: TrainConfig, scales: Scales, team: Team) -> CrossLayerTransco
     coder.input_scale, coder.output_scale = scales.input.clone(), scales.output.clone()
     coder.first_write.copy_(scales.first_write)
     with torch.no_grad():
-        coder.b_dec.copy_(scales.output_mean / scales.output[:, None])
+        columns = coder.sharing.columns
+        coder.b_dec.copy_(scales.output_mean.narrow(1, columns.start, len(columns)) / scales.output[:, None])
     return coder
 
 
