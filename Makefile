@@ -46,6 +46,7 @@ bench: install
 	$(BIN)/python benchmarks/store.py --keep
 	$(BIN)/python benchmarks/graph.py --keep
 	$(BIN)/python benchmarks/offload.py --keep
+	$(BIN)/python benchmarks/scaling.py --keep
 
 clean:
 	rm -rf .venv demo

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from crosslayer import Full, JointTopK, LowRank, TrainConfig, UserError, Wiring
+from crosslayer import BatchTopK, Full, JointTopK, JumpReLU, LowRank, TrainConfig, UserError, Wiring
+from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.planning import Rates, plan
 from crosslayer.scaling import Layout, Machine, Model, fits, h100, plan_mesh, quickest, share_of_a_rank
+from crosslayer.team import ALONE, Alone, Team
 
 D = 16
 RATES = Rates(product_flops=1e9, gathered=1e8, updated=1e7, looked_at=1e8)
@@ -34,24 +36,43 @@ def ring_bytes(n_ranks: int, n_bytes: int, *, reduced: bool) -> float:
     return sent[0]
 
 
-@pytest.mark.parametrize("decoder", [Full(), LowRank(rank=2)], ids=str)
-def test_the_shares_of_the_features_add_up_to_the_transcoder(decoder):
-    whole = plan(config(decoder=decoder), D).n_parameters
-    biases = 5 * D
-    for n in (2, 3, 4):
-        share = plan(share_of_a_rank(config(decoder=decoder), D, Layout(n, n)), D).n_parameters
-        assert n * (share - biases) == whole - biases
+@pytest.mark.parametrize("sparsity", [JointTopK(8), JumpReLU()], ids=["columns", "rows"])
+@pytest.mark.parametrize("decoder", [Full(), Full(scale=True), LowRank(rank=2)], ids=str)
+@pytest.mark.parametrize("n", [2, 4])
+def test_a_rank_has_the_parameters_that_it_is_given(sparsity, decoder, n):
+    settings = config(sparsity=sparsity, decoder=decoder)
+    own = CrossLayerTranscoder(settings.wiring, D, 48, sparsity, decoder, team=Team(ALONE.tokens, *[_Ranks(n)] * 2))
+    found = plan_mesh(settings, D, Layout(n, n), MACHINE, MODEL).local
+    assert found.n_parameters == sum(p.numel() for p in own.initialise(0).parameters())
+    assert (found.weights, found.gradients, found.moments) == tuple(b * found.n_parameters for b in (4, 4, 8))
 
 
+class _Ranks(Alone):
+    """A group that is there for its number of processes alone."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+
+@pytest.mark.parametrize("sparsity", [JointTopK(8), BatchTopK(8), JumpReLU()], ids=["joint", "batch", "jump"])
 @pytest.mark.parametrize(("n_ranks", "n_feature"), [(1, 1), (4, 1), (4, 2), (4, 4), (8, 4)])
-def test_bytes_are_those_of_rings(n_ranks, n_feature):
-    settings, layout = config(batch_tokens=64), Layout(n_ranks, n_feature)
+def test_bytes_are_those_of_rings(n_ranks, n_feature, sparsity):
+    settings, layout, dense = (
+        config(batch_tokens=64, sparsity=sparsity),
+        Layout(n_ranks, n_feature),
+        sparsity == JumpReLU(),
+    )
     found, n_data = plan_mesh(settings, D, layout, MACHINE, MODEL), n_ranks // n_feature
     tokens, share = 64 // n_data, settings.auxk.token_share
-    reconstructions = int(tokens * 5 * D * 4 * (1 + share))
+    reconstructions = int(tokens * 5 * D * 4 * (1 + share)) if dense else 0
     assert found.sent["reconstructions"] == pytest.approx(ring_bytes(n_feature, reconstructions, reduced=True))
-    gradients = plan(share_of_a_rank(settings, D, layout), D).n_parameters * 4
-    assert found.sent["gradients"] == pytest.approx(ring_bytes(n_data, gradients, reduced=True))
+    told = 0 if dense else 12 * int(tokens * (8 + share * settings.auxk.k)) + 4 * 5 * 48
+    assert found.sent["active features"] == pytest.approx(ring_bytes(n_feature, told, reduced=False))
+    scores = n_feature * tokens * 8 * 4 if sparsity == JointTopK(8) else 0
+    counts = 3 * 2048 * 8 if sparsity == BatchTopK(8) else 0
+    selection = ring_bytes(n_feature, scores, reduced=False) + ring_bytes(n_feature, counts, reduced=True)
+    assert found.sent["candidates"] == pytest.approx(selection)
+    assert found.sent["gradients"] == pytest.approx(ring_bytes(n_data, found.local.gradients, reduced=True))
     reads_and_writes = tokens * 5 * D * 2 * MODEL.bytes_a_number
     assert found.sent["activations"] == pytest.approx(ring_bytes(n_feature, reads_and_writes, reduced=False))
     assert found.sent["language model"] == 0
@@ -69,7 +90,7 @@ def test_one_rank_costs_what_one_process_costs():
 
 
 def test_a_ring_that_leaves_its_node_goes_at_the_speed_of_the_slowest_link():
-    inside, outside = (plan_mesh(config(), D, Layout(n, n), MACHINE, MODEL) for n in (4, 8))
+    inside, outside = (plan_mesh(config(sparsity=JumpReLU()), D, Layout(n, n), MACHINE, MODEL) for n in (4, 8))
     for found, speed in ((inside, MACHINE.within), (outside, MACHINE.between)):
         assert found.sending["reconstructions"] == pytest.approx(found.sent["reconstructions"] / speed)
 

@@ -10,10 +10,15 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
+from crosslayer.coders.sparsity import BatchTopK, JointTopK, Penalised, TopK
 from crosslayer.errors import UserError
 from crosslayer.planning import FLOAT, Plan, Rates, n_parameters, plan, step_seconds
 from crosslayer.training.config import TrainConfig
 
+BATCH_K = 64
+"""Active features a token where nothing is known of them."""
+HISTOGRAMS = 3 * 2**11 * 8
+"""Bytes by which BatchTopK finds its cut."""
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 """Numbers that are tried."""
 
@@ -148,7 +153,7 @@ def plan_mesh(config: TrainConfig, d_model: int, layout: Layout, machine: Machin
     capture = config.batch_tokens / layout.n_ranks * model.forward_flops / machine.forward_flops
     return MeshPlan(
         layout=layout,
-        local=plan(local, d_model),
+        local=_of_so_many(plan(local, d_model), _held(config, local, d_model, layout.n_feature)),
         model=model.n_bytes // (layout.n_ranks if layout.shard_model else 1),
         computing={"language model": capture, **step_seconds(local, d_model, machine.rates)},
         sent=sent,
@@ -158,9 +163,16 @@ def plan_mesh(config: TrainConfig, d_model: int, layout: Layout, machine: Machin
     )
 
 
+def _of_so_many(local: Plan, n: int) -> Plan:
+    """The same plan for another number of parameters."""
+    parts = ("weights", "gradients", "moments", "finished_run", "state")
+    return replace(local, n_parameters=n, **{part: getattr(local, part) * n // local.n_parameters for part in parts})
+
+
 AXES = {
     "activations": "feature",
     "reconstructions": "feature",
+    "active features": "feature",
     "candidates": "feature",
     "gradients": "data",
     "language model": "all",
@@ -171,25 +183,57 @@ AXES = {
 def _sent(config: TrainConfig, local: TrainConfig, D: int, layout: Layout, model: Model) -> dict[str, float]:
     """Bytes that a rank sends in a step.
 
-    A ring sends (P - 1) / P of what is reduced twice, and of what is gathered once.
+    A ring sends (P - 1) / P of what is reduced twice, and of what is gathered or reduced to its owners once. Selected
+    features are told, with a place of 4 bytes, and get a gradient back; of dense ones reconstructions are summed.
     """
-    N, L = local.batch_tokens, config.wiring.n_layers
+    N, L, S, F = local.batch_tokens, config.wiring.n_layers, len(config.wiring.source_layers), config.width(D)
     n_f, n_d, P = layout.n_feature, layout.n_data, layout.n_ranks
+    others, dense = (n_f - 1) / n_f, isinstance(config.sparsity, Penalised)
     aux = config.auxk.token_share if config.auxk.coefficient else 0.0
-    k = 0 if config.sparsity is None else getattr(config.sparsity, "k", 0)
-    gathered_model = model.n_bytes * (P - 1) / P if layout.shard_model else 0.0
+    active = N * (_active(config) + aux * config.auxk.k)
+    shared = 0 if dense or n_f == 1 else _in_whole(config, F)
     return {
-        "activations": (n_f - 1) / n_f * 2 * N * L * D * model.bytes_a_number,
-        "reconstructions": 2 * (n_f - 1) / n_f * (1 + aux) * N * L * D * FLOAT,
-        "candidates": (n_f - 1) * N * k * FLOAT,
-        "gradients": 2 * (n_d - 1) / n_d * n_parameters(local, D) * FLOAT,
-        "language model": gathered_model,
+        "activations": others * 2 * N * L * D * model.bytes_a_number,
+        "reconstructions": 2 * others * (1 + aux) * N * L * D * FLOAT if dense else 0.0,
+        "active features": 0.0 if dense else others * FLOAT * (3 * active + S * F + 2 * shared),
+        "candidates": _candidates(config, N, n_f),
+        "gradients": 2 * (n_d - 1) / n_d * _held(config, local, D, n_f) * FLOAT,
+        "language model": model.n_bytes * (P - 1) / P if layout.shard_model else 0.0,
     }
+
+
+def _active(config: TrainConfig) -> int:
+    """Active features a token of a sparsity that selects; of fixed thresholds not known, so as many as by default."""
+    S = len(config.wiring.source_layers)
+    return BATCH_K if config.sparsity is None else config.sparsity.budget(S, config.width(1))
+
+
+def _candidates(config: TrainConfig, n_tokens: int, n_feature: int) -> float:
+    """Bytes by which ranks find out which features are the largest of all."""
+    sparsity, S = config.sparsity, len(config.wiring.source_layers)
+    if isinstance(sparsity, JointTopK | TopK):
+        scores = sparsity.k * (S if isinstance(sparsity, TopK) else 1)
+        return float((n_feature - 1) * n_tokens * scores * FLOAT)
+    return 2 * (n_feature - 1) / n_feature * HISTOGRAMS if isinstance(sparsity, BatchTopK) else 0.0
+
+
+def _in_whole(config: TrainConfig, F: int) -> int:
+    """Numbers that every feature rank holds where decoders are shared by columns: they have none."""
+    decoder: Any = config.decoder
+    return config.wiring.n_pairs * F * (decoder.scale + decoder.offset + getattr(decoder, "rank", 0))
+
+
+def _held(config: TrainConfig, local: TrainConfig, D: int, n_feature: int) -> int:
+    """Parameters of a rank."""
+    if n_feature == 1 or isinstance(config.sparsity, Penalised):
+        return n_parameters(local, D)
+    whole = _in_whole(config, config.width(D))
+    return (n_parameters(config, D) - whole) // n_feature + whole
 
 
 def _waits(name: str, config: TrainConfig) -> int:
     """Collectives of a kind in a step: what belongs to the reading of tokens happens in every micro-batch."""
-    return config.micro_batches if name in ("reconstructions", "candidates") else 1
+    return config.micro_batches if name in ("reconstructions", "active features", "candidates") else 1
 
 
 def _bandwidth(machine: Machine, layout: Layout, along: str) -> float:
