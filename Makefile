@@ -32,7 +32,7 @@ types: install
 	$(BIN)/basedpyright --level error
 
 unit: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # Apart from .venv, as transformers imports torchao wherever it is installed, which takes seconds at every start.
 adam8bit: install
