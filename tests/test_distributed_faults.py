@@ -47,7 +47,7 @@ def test_a_job_whose_ranks_are_killed_ends_as_one_that_never_was(server, tmp_pat
     job(path, tmp_path / "whole", 2, 0)
     job(path, tmp_path / "killed", 2, LIVES)
     printed = log.read_text()
-    assert printed.count("killed after") == LIVES
+    assert printed.count("killed at step") == LIVES
     assert "resumed at step" in printed
     assert "Traceback" not in printed
     for file in ("model.safetensors", "config.json", "metrics.jsonl"):

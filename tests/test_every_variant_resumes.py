@@ -34,7 +34,7 @@ from crosslayer.activations.record import Activations
 from crosslayer.replacement.end_to_end import EndToEnd
 from crosslayer.training.objective import Reconstruction
 from crosslayer.training.scales import estimate_scales
-from crosslayer.training.state import load_state, save_state
+from crosslayer.training.state import StateFile
 from crosslayer.training.stream import Place
 from crosslayer.training.trainer import Trainer
 from making import random_activations, text_examples
@@ -117,8 +117,9 @@ def assert_resumes(run: Path, build: Callable[..., Trainer], batches: list) -> N
     wanted = [whole.step(b) for b in batches]
     assert [first.step(b) for b in batches[:STOP]] == wanted[:STOP]
     assert min(m.dead_fraction for m in wanted[1:]) > 0
-    save_state(run, first, Place(1, 2), CONTEXT)
-    kept = load_state(run, first.config, CONTEXT, CPU)
+    states = StateFile(run, CONTEXT)
+    states.save(first, Place(1, 2))
+    kept = states.load(first.config, CPU)
     second = build(kept.scales).restore(kept.tensors, kept.counters)
     assert_same_state(second, first)
     assert kept.place == Place(1, 2)

@@ -28,7 +28,7 @@ from crosslayer.activations.record import Activations
 from crosslayer.files import read_tensors
 from crosslayer.training.fit import Interrupted, fit
 from crosslayer.training.scales import estimate_scales
-from crosslayer.training.state import METRICS, STATE, StateFile, load_state
+from crosslayer.training.state import METRICS, STATE, StateFile
 from crosslayer.training.stream import Place, shuffled_batches
 from crosslayer.training.trainer import Trainer
 from making import Watched, no_file_larger_than, random_activations, text_examples
@@ -92,7 +92,7 @@ def fitted(coach: Trainer, run: Path, place: Place | None = None, source=None, s
 
 
 def restored(run: Path) -> tuple[Trainer, Place]:
-    kept = load_state(run, SETTINGS, CONTEXT, CPU)
+    kept = StateFile(run, CONTEXT).load(SETTINGS, CPU)
     return Trainer(SETTINGS, kept.scales).restore(kept.tensors, kept.counters), kept.place
 
 
@@ -203,13 +203,13 @@ def test_a_full_disk_stops_the_training_and_keeps_the_last_state(whole, tmp_path
 def test_another_configuration_is_not_resumed_and_named(whole, settings, context, named):
     asked = config(**{"tokens": 2500, "batch_tokens": 100, **settings})
     with pytest.raises(UserError, match=named):
-        load_state(whole, asked, {**CONTEXT, **context}, CPU)
+        StateFile(whole, {**CONTEXT, **context}).load(asked, CPU)
 
 
 def test_a_damaged_state_is_named(whole, tmp_path):
     (tmp_path / STATE).write_bytes((whole / STATE).read_bytes()[:-50])
     with pytest.raises(UserError, match=f"{STATE}: cannot be read"):
-        load_state(tmp_path, config(), {}, CPU)
+        StateFile(tmp_path, {}).load(config(), CPU)
 
 
 # The same from a language model on, through `crosslayer.train`.

@@ -34,7 +34,7 @@ from crosslayer import (
 )
 from crosslayer.activations.capture import ModelSource
 from crosslayer.files import check_folder, read_tensors
-from crosslayer.training.state import METRICS, STATE, load_state
+from crosslayer.training.state import METRICS, STATE, StateFile
 from making import text_examples
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -147,7 +147,7 @@ def assert_sound(run: Path, steps: int) -> None:
     elif CONFIG not in shown(run):
         assert not shown(run)
         with pytest.raises(UserError, match=f"{run}: holds no {STATE} to resume from; start without --resume"):
-            load_state(run, config(steps), {}, torch.device("cpu"))
+            StateFile(run, {}).load(config(steps), torch.device("cpu"))
 
 
 def assert_same_run(found: Path, wanted: Path) -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from crosslayer import BatchTopK, Full, JointTopK, JumpReLU, LowRank, TrainConfig, UserError, Wiring
+from crosslayer import BatchTopK, Full, JointTopK, JumpReLU, LowRank, Muon, TrainConfig, UserError, Wiring
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.planning import Rates, plan
 from crosslayer.scaling import Layout, Machine, Model, fits, h100, plan_mesh, quickest, share_of_a_rank
@@ -122,8 +122,16 @@ def test_the_quickest_is_the_best_of_all_that_fit():
 def test_layouts_that_cannot_be_are_refused_with_what_can():
     with pytest.raises(UserError, match="8 ranks cannot be split into groups of 3"):
         Layout(8, 3)
-    with pytest.raises(UserError, match="48 features a layer cannot be shared by 5 ranks; choose --d-transcoder 45 or"):
+    with pytest.raises(UserError, match="d_transcoder is 48, which 5 feature ranks cannot share evenly"):
         share_of_a_rank(config(), D, Layout(5, 5))
+    with pytest.raises(UserError, match="muon works on whole matrices"):
+        share_of_a_rank(config(optimizer=Muon()), D, Layout(2, 2))
+
+
+def test_the_quickest_is_one_that_can_be_trained():
+    found = quickest(config(optimizer=Muon()), D, 4, MACHINE, MODEL)
+    assert found is not None
+    assert found.layout.n_feature == 1
 
 
 def test_products_in_half_precision_are_quicker_on_an_h100():

@@ -33,8 +33,8 @@ from crosslayer.training.trainer import Trainer
 from crosslayer.wiring import Wiring
 
 STEPS, BATCH, SEED = 150, 32, 5
-LIFETIME = 1.5
-"""Seconds after the ranks met within which one is killed."""
+STRIDE, PAUSE = 8, 0.01
+"""Steps in a life before one of its ranks is killed, and seconds within the step that follows; at most."""
 
 
 class Chunks:
@@ -55,10 +55,6 @@ class Chunks:
 def main(run: Path, lives: int) -> None:
     torch.set_num_threads(1)
     mesh = join(int(os.environ["FEATURE_RANKS"]), timeout=20)
-    drawn = random.Random(SEED + restarts())
-    victim, moment = drawn.randrange(2), drawn.uniform(0.0, LIFETIME)
-    if restarts() < lives and mesh.rank == victim:
-        threading.Thread(target=kill_after, args=(moment,), daemon=True).start()
     team = team_of(mesh)
     source, states = Chunks(team), ShardedState(run, {}, mesh)
     config = TrainConfig(
@@ -71,6 +67,10 @@ def main(run: Path, lives: int) -> None:
         print(f"resumed at step {trainer.step_number}", flush=True)
     else:
         trainer = Trainer(config, estimate_scales(source.chunk(0), team.tokens), team=team)
+    drawn = random.Random(SEED + restarts())
+    if restarts() < lives and mesh.rank == drawn.randrange(2):
+        moment = trainer, trainer.step_number + drawn.randrange(STRIDE), drawn.uniform(0.0, PAUSE)
+        threading.Thread(target=kill_at, args=moment, daemon=True).start()
     batches = shuffled_batches(source, BATCH, 0, place, team.tokens)
     place = fit(trainer, batches, place, run, states, checkpoint_seconds=0.05)
     coder = trainer.finish(usable_tokens(source, place, BATCH, 100, 0, team.tokens))
@@ -79,9 +79,11 @@ def main(run: Path, lives: int) -> None:
     leave()
 
 
-def kill_after(seconds: float) -> None:
+def kill_at(trainer: Trainer, step: int, seconds: float) -> None:
+    while trainer.step_number < step:
+        time.sleep(0.0005)
     time.sleep(seconds)
-    print(f"killed after {seconds:.2f} s", flush=True)
+    print(f"killed at step {trainer.step_number}", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

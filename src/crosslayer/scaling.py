@@ -11,6 +11,7 @@ from math import ceil
 from typing import Any
 
 from crosslayer.coders.sparsity import BatchTopK, JointTopK, Penalised, TopK
+from crosslayer.distributed.sharding import check_shares
 from crosslayer.errors import UserError
 from crosslayer.planning import FLOAT, Plan, Rates, n_parameters, plan, step_seconds
 from crosslayer.training.config import TrainConfig
@@ -131,13 +132,10 @@ def share_of_a_rank(config: TrainConfig, d_model: int, layout: Layout) -> TrainC
     """The training that one rank does: its features, its tokens, its part of the active features.
 
     Raises:
-        UserError: when the features cannot be shared out evenly.
+        UserError: for what cannot be shared out.
     """
     F, n = config.width(d_model), layout.n_feature
-    if F % n:
-        raise UserError(
-            f"{F} features a layer cannot be shared by {n} ranks; choose --d-transcoder {F - F % n} or {F - F % n + n}"
-        )
+    check_shares(config, d_model, n)
     sparsity: Any = config.sparsity
     if n > 1 and hasattr(sparsity, "k"):
         sparsity = replace(sparsity, k=ceil(sparsity.k / n))
@@ -247,8 +245,8 @@ def quickest(config: TrainConfig, d_model: int, n_ranks: int, machine: Machine, 
 
     A step is cut into micro-batches where it does not fit otherwise.
     """
-    F = config.width(d_model)
-    layouts = [Layout(n_ranks, n, shard) for n in _divisors(n_ranks) if F % n == 0 for shard in (False, True)]
+    shared = [n for n in _divisors(n_ranks) if _can_be_shared(config, d_model, n)]
+    layouts = [Layout(n_ranks, n, shard) for n in shared for shard in (False, True)]
     plans = [_fitting(config, d_model, layout, machine, model) for layout in layouts]
     return max((p for p in plans if p is not None), key=lambda found: found.tokens_a_second, default=None)
 
@@ -265,6 +263,14 @@ def _fitting(config: TrainConfig, d_model: int, layout: Layout, machine: Machine
         if fits(found, machine):
             return found
     return None
+
+
+def _can_be_shared(config: TrainConfig, d_model: int, n_feature: int) -> bool:
+    try:
+        check_shares(config, d_model, n_feature)
+    except UserError:
+        return False
+    return True
 
 
 def _divisors(n: int) -> list[int]:

@@ -111,8 +111,8 @@ def better(sparsity: Sparsity) -> type[Sharing]:
     """The way that sends less under a sparsity.
 
     Told pairs take 8 bytes and their gradients 4, a sum 8 for each of L x D numbers: columns win while fewer than
-    2/3 L D features are active on a token, which is always so where k are selected, and never known where codes are
-    dense. `docs/decisions` has the figures.
+    2/3 L D features are active on a token (0.8 L D with AuxK's sum), which is always so where k are selected, and never
+    known where codes are dense. `docs/decisions` has the figures.
     """
     return ByColumns if isinstance(sparsity, Selecting) else ByRows
 

@@ -1,17 +1,16 @@
 """Meeting the other processes of a job, and keeping still where rank 0 speaks for all."""
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
-from uuid import uuid4
 
 import torch
-from torch.distributed import PrefixStore, Store, is_initialized, rendezvous  # pyright: ignore
+from torch.distributed import PrefixStore, is_initialized, rendezvous  # pyright: ignore
 from torch.distributed.distributed_c10d import _get_default_store
 
-from crosslayer.distributed.crew import ALONE, PATIENCE, PAUSE, TIMES, Crew
+from crosslayer.distributed.crew import ALONE, PATIENCE, TIMES, Crew
+from crosslayer.distributed.meeting import meet
 from crosslayer.errors import UserError
 
 TIMEOUT = 600.0
@@ -71,33 +70,8 @@ def _join(patience: float, times: float) -> Crew:
     else:
         store = next(iter(rendezvous("env://", rank, size, timeout=timedelta(seconds=TIMEOUT))))[0]
     store = PrefixStore("crew", store)
-    store = PrefixStore(_meet(store, rank, size), store)
+    try:
+        store = PrefixStore(meet(store, rank, size, TIMEOUT), store)
+    except RuntimeError as error:
+        raise UserError(f"rank {rank}: {error}; see what became of the others") from None
     return Crew(rank=rank, size=size, store=store, patience=patience, times=times)
-
-
-def _meet(store: Store, rank: int, size: int) -> str:
-    """A name for this job that no other ever had: torchrun keeps its store when it starts all ranks anew.
-
-    Every rank asks under a name of its own, so that what it is told is meant for it and not for one long dead.
-    """
-    own, end = uuid4().hex, time.monotonic() + TIMEOUT
-    if rank:
-        store.set(f"asks/{rank}", own)
-        while not store.check([f"told/{own}"]):
-            _pause(end, f"rank {rank} has waited for rank 0")
-        job = store.get(f"told/{own}").decode()
-        store.set(f"here/{job}/{rank}", "")
-        return job
-    missing = range(1, size)
-    while missing := [other for other in missing if not store.check([f"here/{own}/{other}"])]:
-        for other in missing:
-            if store.check([f"asks/{other}"]):
-                store.set(f"told/{store.get(f'asks/{other}').decode()}", own)
-        _pause(end, f"rank 0 has waited for rank {missing[0]}")
-    return own
-
-
-def _pause(end: float, what: str) -> None:
-    if time.monotonic() > end:
-        raise UserError(f"{what} for {TIMEOUT:.0f} s; see what became of it")
-    time.sleep(PAUSE)

@@ -20,51 +20,21 @@ STATE = "training_state.safetensors"
 METRICS = "metrics.jsonl"
 
 
-class StateFile:
-    """Keeps the state of a training in one file of its run, as one process does.
+@dataclass(frozen=True)
+class Kept:
+    """What the state of an unfinished training holds."""
 
-    Args:
-        run: folder of the run.
-        context: what else must be the same for a resume to make sense (model, data); JSON values.
-    """
-
-    def __init__(self, run: Path, context: dict[str, Any]):
-        self.run, self.context = run, context
-
-    def load(self, config: TrainConfig, device: torch.device) -> "Kept":
-        """See `States.load`."""
-        return load_state(self.run, config, self.context, device)
-
-    def save(self, trainer: Trainer, place: Place) -> None:
-        """See `States.save`."""
-        save_state(self.run, trainer, place, self.context)
-
-    def close(self) -> None:
-        """See `States.close`."""
-
-    def remove(self) -> None:
-        """See `States.remove`."""
-        (self.run / STATE).unlink()
-
-
-def save_state(run: Path, trainer: Trainer, place: Place, context: dict[str, Any]) -> None:
-    """Keep everything that the rest of the training depends on.
-
-    Args:
-        run: folder of the run.
-        trainer: between two steps.
-        place: where in the stream the next batch lies.
-        context: what else must be the same for a resume to make sense (model, data); JSON values.
-    """
-    header = header_of(trainer, place, context)
-    write_tensors(run / STATE, trainer.state()[0], {"crosslayer": json.dumps(header)})
+    tensors: dict[str, Tensor]
+    counters: dict[str, int]
+    scales: Scales
+    place: Place
 
 
 @runtime_checkable
 class States(Protocol):
     """Where the state of an unfinished training is kept; all processes of its team make the same calls."""
 
-    def load(self, config: TrainConfig, device: torch.device) -> "Kept":
+    def load(self, config: TrainConfig, device: torch.device) -> Kept:
         """What was kept, on `device`.
 
         Raises:
@@ -85,32 +55,42 @@ class States(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What the state of an unfinished training holds."""
+class StateFile:
+    """Keeps the state of a training in one file of its run, as one process does.
 
-    tensors: dict[str, Tensor]
-    counters: dict[str, int]
-    scales: Scales
-    place: Place
-
-
-def load_state(run: Path, config: TrainConfig, context: dict[str, Any], device: torch.device) -> Kept:
-    """What was kept, on `device`; log lines written after that state are dropped.
-
-    Raises:
-        UserError: when there is no state, or it belongs to another configuration, model or data set.
+    Args:
+        run: folder of the run.
+        context: what else must be the same for a resume to make sense (model, data); JSON values.
     """
-    if not (run / STATE).is_file():
-        finished = (run / CONFIG).is_file()
-        found = "is finished already" if finished else f"holds no {STATE} to resume from"
-        raise UserError(f"{run}: {found}; start without --resume")
-    sweep(run)
-    tensors, metadata = read_tensors(run / STATE)
-    header = json.loads(metadata["crosslayer"])
-    check_same(header, config, context, run)
-    truncate_log(run, header)
-    return kept({name: tensor.to(device) for name, tensor in tensors.items()}, header)
+
+    def __init__(self, run: Path, context: dict[str, Any]):
+        self.run, self.context = run, context
+
+    def load(self, config: TrainConfig, device: torch.device) -> Kept:
+        """See `States.load`; log lines written after that state are dropped."""
+        run = self.run
+        if not (run / STATE).is_file():
+            finished = (run / CONFIG).is_file()
+            found = "is finished already" if finished else f"holds no {STATE} to resume from"
+            raise UserError(f"{run}: {found}; start without --resume")
+        sweep(run)
+        tensors, metadata = read_tensors(run / STATE)
+        header = json.loads(metadata["crosslayer"])
+        check_same(header, config, self.context, run)
+        truncate_log(run, header)
+        return kept({name: tensor.to(device) for name, tensor in tensors.items()}, header)
+
+    def save(self, trainer: Trainer, place: Place) -> None:
+        """See `States.save`."""
+        header = header_of(trainer, place, self.context)
+        write_tensors(self.run / STATE, trainer.state()[0], {"crosslayer": json.dumps(header)})
+
+    def close(self) -> None:
+        """See `States.close`."""
+
+    def remove(self) -> None:
+        """See `States.remove`."""
+        (self.run / STATE).unlink()
 
 
 def header_of(trainer: Trainer, place: Place, context: dict[str, Any]) -> dict[str, Any]:
