@@ -78,6 +78,15 @@ def test_bytes_are_those_of_rings(n_ranks, n_feature, sparsity):
     assert found.sent["language model"] == 0
 
 
+def test_computing_is_shared_out():
+    settings = config(batch_tokens=64, sparsity=JointTopK(8))
+    alone, shared = (plan_mesh(settings, D, layout, MACHINE, MODEL) for layout in (Layout(1), Layout(4, 2)))
+    for name in ("language model", "encoder products", "sums of active rows", "selection"):
+        assert shared.computing[name] == pytest.approx(alone.computing[name] / 4)
+    n = shared.local.n_parameters / alone.local.n_parameters
+    assert shared.computing["parameters"] == pytest.approx(alone.computing["parameters"] * n, rel=0.01)
+
+
 def test_one_rank_costs_what_one_process_costs():
     settings = config()
     found = plan_mesh(settings, D, Layout(1), MACHINE, MODEL)

@@ -193,19 +193,19 @@ def proposals(config: TrainConfig, d_model: int, room: int, chunk_bytes: int = 0
 
 @cache
 def measure_rates(device: torch.device) -> Rates:
-    """What this machine does, measured on pieces of a step, in about a second."""
-    N, D, F = 512, 256, 4096
+    """What this machine does, measured on pieces of a step that no cache holds, in about a second."""
+    N, D, F = 512, 256, 2**16
     W = torch.randn(F, D, device=device)
     index, weights = torch.randint(F, (N, 64), device=device), torch.rand(N, 64, device=device)
-    parameter = torch.nn.Parameter(torch.zeros(2**21, device=device))
+    parameter = torch.nn.Parameter(torch.zeros(2**23, device=device))
     parameter.grad = torch.ones_like(parameter)
     adam = torch.optim.Adam([parameter], fused=True)
-    scores = torch.randn(N, F, device=device)
+    scores = torch.randn(N, F // 2, device=device)
     return Rates(
         product_flops=product_flops(device, torch.float32),
         gathered=N * 64 * D / _seconds(lambda: embedding_bag(index, W, per_sample_weights=weights, mode="sum"), device),
         updated=parameter.numel() / _seconds(adam.step, device),
-        looked_at=N * F / _seconds(lambda: (scores * scores).amax(1), device),
+        looked_at=scores.numel() / _seconds(lambda: (scores * scores).amax(1), device),
     )
 
 
@@ -252,13 +252,18 @@ def _step_bytes(config: TrainConfig, D: int, F: int) -> int:
 
 
 def step_seconds(config: TrainConfig, d_model: int, rates: Rates) -> dict[str, float]:
-    """Seconds of one training step on one device, by what they go to."""
+    """Seconds of one training step on one device, by what they go to.
+
+    AuxK adds its share of the tokens to what is selected and summed. Beside Adam, of which parameters cost 28 bytes,
+    lengths of write vectors are taken, dense gradients written, and looked at once more for numbers that are none.
+    """
     N, D, S, F = config.batch_tokens, d_model, len(config.wiring.source_layers), config.width(d_model)
     active, targets = _active(config, S, F), config.wiring.n_pairs / S
     dense_passes = 3 if active == S * F else 1
+    aux = config.auxk.token_share if config.auxk.coefficient and dense_passes == 1 else 0.0
     return {
         "encoder products": dense_passes * 2 * N * S * F * D / rates.product_flops,
-        "sums of active rows": N * active * D * 3 * (targets + 1) / rates.gathered,
-        "selection": 3 * N * S * F / rates.looked_at,
-        "optimiser": n_parameters(config, D) / rates.updated,
+        "sums of active rows": N * (active + aux * config.auxk.k) * D * 3 * (targets + 1) / rates.gathered,
+        "selection": (3 + aux) * N * S * F / rates.looked_at,
+        "parameters": (28 + 16) / 28 * n_parameters(config, D) / rates.updated,
     }

@@ -139,8 +139,8 @@ def share_of_a_rank(config: TrainConfig, d_model: int, layout: Layout) -> TrainC
     sparsity: Any = config.sparsity
     if n > 1 and hasattr(sparsity, "k"):
         sparsity = replace(sparsity, k=ceil(sparsity.k / n))
-    tokens = ceil(config.batch_tokens / layout.n_data)
-    return replace(config, d_transcoder=F // n, batch_tokens=tokens, sparsity=sparsity)
+    tokens, auxk = ceil(config.batch_tokens / layout.n_data), replace(config.auxk, k=ceil(config.auxk.k / n))
+    return replace(config, d_transcoder=F // n, batch_tokens=tokens, sparsity=sparsity, auxk=auxk)
 
 
 def plan_mesh(config: TrainConfig, d_model: int, layout: Layout, machine: Machine, model: Model) -> MeshPlan:
