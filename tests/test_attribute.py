@@ -184,12 +184,32 @@ def test_targets_are_the_likeliest_tokens_or_those_named(seeing):
 def test_a_token_in_the_middle_of_an_answer_is_explained_by_what_comes_before_it(seeing):
     whole = graph_of(seeing, response="yes there is", token=2)
     before = graph_of(seeing, "is there a cat ? yes there")
-    assert whole.tokens[: len(before.tokens)] == before.tokens
-    reached = {whole.nodes[i].position for i in whole.source[whole.target == len(whole.nodes) - 1].tolist()}
-    assert max(p for p in reached if p is not None) == len(before.tokens) - 1
+    assert whole.tokens == before.tokens
     assert [n.label for n in whole.nodes if n.kind == "target"] == [n.label for n in before.nodes if n.kind == "target"]
     first, plain = graph_of(seeing, response="yes").target_weight, graph_of(seeing).target_weight
     torch.testing.assert_close(first[first > 0], plain[plain > 0])
+
+
+def test_a_graph_ends_at_the_token_explained_and_loses_nothing_by_it(seeing):
+    tokenizer, answer = seeing[0].processor.tokenizer, {"response": "yes there is a cat", "token": 2}
+    ended = graph_of(seeing, targets=["cat"], **answer)
+    at = len(ended.tokens) - 1
+    by_hand = replace(named("cat", torch.zeros(len(tokenizer)), tokenizer, at), probability=ended.nodes[-1].probability)
+    whole = graph_of(seeing, targets=[by_hand], **answer)
+    assert len(whole.tokens) > len(ended.tokens)
+    late = [i for i, node in enumerate(whole.nodes) if (node.position or 0) > at]
+    assert len(late) > 0
+    assert not whole.influence.node[late].any()
+    wanted, found = edges_of(whole), edges_of(ended)
+    torch.testing.assert_close(found, {edge: wanted[edge] for edge in found}, rtol=1e-4, atol=1e-5)
+
+
+def edges_of(graph: AttributionGraph) -> dict[tuple[str, str], float]:
+    ids = [node.id for node in graph.nodes]
+    return {
+        (ids[s], ids[t]): weight
+        for s, t, weight in zip(graph.source.tolist(), graph.target.tolist(), graph.weight.tolist(), strict=True)
+    }
 
 
 def test_a_budget_gives_rows_to_the_most_influential_features(seeing):

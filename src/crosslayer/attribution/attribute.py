@@ -73,6 +73,8 @@ def attribute(
 ) -> AttributionGraph:
     """The attribution graph of one prompt: who contributes what to the next token.
 
+    Where tokens alone are explained, it ends at the last of them: nothing that comes later has a part in it.
+
     Args:
         model: the language model.
         coder: its transcoder.
@@ -105,6 +107,8 @@ def attribute(
     tokenizer = getattr(model.processor, "tokenizer", model.processor)
     if not places:
         raise UserError("no token of the answer is named; give at least one, or leave token out")
+    if not any(isinstance(asked, Target) or is_feature(asked) for asked in targets):
+        batch = batch.until(max(places) + 1)
     inputs = inputs_of(batch, tokenizer, picture, pool_patches)
     local = trace(model, coder, batch)
     first, limits = batch.position[0] == 0, budget or Budget()

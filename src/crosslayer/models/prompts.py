@@ -37,6 +37,15 @@ class Batch:
         """Position of each token in its prompt, padding not counted; -1 at padding."""
         return (self.attention.long().cumsum(1) * self.attention) - 1
 
+    def until(self, n: int) -> "Batch":
+        """Its first n columns."""
+
+        def cut(value: Any) -> Any:
+            return value[:, :n] if isinstance(value, Tensor) and value.shape[:2] == self.tokens.shape else value
+
+        masks = (self.attention[:, :n], self.image[:, :n], self.response[:, :n])
+        return Batch({name: cut(value) for name, value in self.inputs.items()}, self.tokens[:, :n], *masks)
+
 
 class BadExamples(UserError):
     """Some of the examples of a batch cannot be read; `reasons` says why, by their place in the batch."""
