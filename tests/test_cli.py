@@ -373,6 +373,12 @@ def test_capture_info_verify_train(run, captured, llama_folder, tmp_path):
     assert run("generate", tmp_path / "run", "--prompt", "a cat", "--max-new-tokens", 2)[0] == 0
 
 
+def test_a_capture_says_how_to_train_from_it(captured, llama_folder, tmp_path):
+    named = f"next: crosslayer train {llama_folder} --store {tmp_path / 'inner'} --read mlp_in --out RUN"
+    assert named in captured("--prompts", 2, "--read", "mlp_in", out="inner")[1]
+    assert "next:" not in captured("--prompts", 2, "--layers", 0, out="one")[1]
+
+
 def test_a_damaged_store_is_found(run, captured, tmp_path):
     captured()
     shard = tmp_path / "store" / "shard-000000.safetensors"
@@ -426,9 +432,11 @@ def test_layered_batches_become_a_store(run, llama_folder, tmp_path):
     code, out, err = run(*command, "--model", llama_folder)
     assert code == 0, err
     assert "wirings with first_target 1, of any span" in out
+    assert f"next: crosslayer train {llama_folder} --store {tmp_path / 'store'} --first-target 1 --out RUN" in out
     code, out, _ = run(*command, "--overwrite", "--store-dtype", "fp32")
     assert "none: " in out
     assert "lacks what layer 0's MLP writes" in out
+    assert "next:" not in out
     check_refused(run(*command), "--overwrite")
     check_refused(
         run(*command, "--overwrite", "--model", llama_folder, "--target-offset", 0), "--target-offset 1 it is"

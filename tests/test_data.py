@@ -95,7 +95,10 @@ def test_bad_lines_are_skipped_noted_and_counted(folder):
     data = load_data(file)
     assert [e.prompt for e in data] == [f"p{i}" for i in range(40) if i not in (7, 9)]
     assert list(data.skipped.reasons) == ["t.jsonl:8", "t.jsonl:10"]
-    with pytest.raises(UserError, match="t.jsonl: 2 of 40 rows are bad, more than --bad-share 0.04 allows; the first"):
+    with pytest.raises(
+        UserError,
+        match="2 of 40 rows are bad, more than --bad-share 0.04 allows; a larger share would list them; the first",
+    ):
         load_data(file, bad_share=0.04)
 
 
@@ -103,6 +106,7 @@ def test_bad_lines_are_skipped_noted_and_counted(folder):
     ("line", "named"),
     [
         ("{", r"t.jsonl:3: is not JSON"),
+        pytest.param("[" * 100_000, r"t.jsonl:3: is not JSON \(maximum recursion depth", id="deep"),
         ("[1]", r"t.jsonl:3: needs a string under 'prompt' \(or 'text'\); found \[1\]"),
         ({"response": "x"}, "t.jsonl:3: needs a string under 'prompt'"),
         ({"prompt": 5}, "t.jsonl:3: needs a string under 'prompt'"),

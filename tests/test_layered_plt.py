@@ -300,5 +300,6 @@ def test_the_command_line(run, llama_folder, tmp_path):  # noqa: F811, the fixtu
     assert "its original MLP is kept" in out
     assert run("generate", tmp_path / "run", "--prompt", "a cat", "--max-new-tokens", 2)[0] == 0
     check_refused(run(*line), "already exists")
+    assert f"next: crosslayer evaluate {tmp_path / 'run'} --model MODEL" in run(*line, "--overwrite")[1]
     foreign = ["import", "gemma-scope", tmp_path / "plts", "--out", tmp_path / "other", "--names", "a", "b", "c"]
     check_refused(run(*foreign), "--names is given, but gemma-scope has no use for it")

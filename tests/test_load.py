@@ -82,8 +82,31 @@ def test_weights_of_another_shape_are_named(tmp_path, llama):
     llama.model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 56}))
-    with pytest.raises(UserError, match="cannot be loaded.* AutoModelForCausalLM said: .*mismatch"):
+    with pytest.raises(
+        UserError, match=r"model.layers.0.mlp.down_proj.weight is \[32, \d+\] on disk, \[32, 56\] by config"
+    ):
         load_model(tmp_path)
+
+
+def test_weights_that_are_not_used_are_noted(tmp_path, llama):
+    llama.model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    assert (
+        "9 tensors on disk have no place in the model, the first: model.layers.2.input"
+        in load_model(tmp_path).sites.notes[-1]
+    )
+
+
+def test_code_that_comes_with_a_model_is_not_run_unasked(tmp_path, llama):
+    llama.model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    mapped = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": mapped}))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UserError, match=f"{tmp_path}: comes with model code of its own, .* --trust-remote-code"):
+        load_model(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_missing_weights_are_named(tmp_path, llama):

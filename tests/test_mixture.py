@@ -80,6 +80,17 @@ def test_bad_rows_of_all_parts_are_noted(files):
         (["- {data: text.txt, split: test}"], "has 'split', which is none of images, prompt"),
         (["- {data: nothing.txt}"], "nothing.txt: no such data"),
         (["- {data: text.txt, context: 0}"], "--context is 0; choose at least 1"),
+        (["- {data: text.txt, context: abc}"], "mix.yaml: context is 'abc'; needs a YAML int"),
+        (["- {data: text.txt, plain: 'no'}"], "mix.yaml: plain is 'no'; needs a YAML bool"),
+        (["- {data: photos, prompt: 3}"], "mix.yaml: prompt is 3; needs a YAML str"),
+        (["- {data: told.jsonl, columns: prompt=q}"], "mix.yaml: columns is 'prompt=q'; needs a YAML list"),
+        (["- {data: told.jsonl, columns: [3]}"], "--columns has '3'; write NAME=COLUMN"),
+        (["- {data: text.txt, weight: .inf}"], "needs 'data' and a 'weight' above 0; found 'text.txt', inf"),
+        (
+            ["- {data: text.txt, weight: 1.0e+9}", "- {data: text.txt}"],
+            r"weights \[1000000000.0, 1.0\] make 10,000,000,010",
+        ),
+        (["- {data: mix.yaml}"], "mix.yaml: mixes itself; name other data in part 1"),
     ],
 )
 def test_wrong_mixtures_are_named(files, lines, named):

@@ -21,7 +21,7 @@ def test_what_a_layer_adds_beside_everything_is_not_overlooked(monkeypatch):
     for layer in model.model.layers:
         layer.register_forward_hook(lambda _, args, out: out + 1.0)
     monkeypatch.setattr(resolve, "BLOCKS", {})
-    refused(model, r"'llama' \(LlamaForCausalLM\): no place .* Tried 0 patterns")
+    refused(model, r"'llama' \(LlamaForCausalLM\): no place .* Tried 0 patterns .*: no stream .* adds up")
 
 
 def test_an_mlp_that_sees_other_positions_is_refused():

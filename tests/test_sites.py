@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     MambaConfig,
     MambaForCausalLM,
@@ -76,6 +77,16 @@ def test_mllama_is_refused_by_name():
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     with pytest.raises(UserError, match="'mllama' .* is not supported: its cross-attention layers gate"):
+        check_family(model, "resid")
+
+
+def test_gemma3n_is_refused_by_name_without_its_towers_too():
+    config = AutoConfig.for_model(
+        "gemma3n_text", **{**SMALL, "intermediate_size": [8, 8], "num_hidden_layers": 2, "num_kv_shared_layers": 0}
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match="'gemma3n_text' .* is not supported: AltUp"):
         check_family(model, "resid")
 
 

@@ -53,7 +53,8 @@ def test_examples_that_nobody_takes_notes_of_are_refused(llava, mixed):
 def test_too_many_stop_the_run(llava, mixed):
     data = load_data(mixed, bad_share=0.04)
     with pytest.raises(
-        UserError, match="rows.jsonl: 3 of 60 rows are bad, more than --bad-share 0.04 allows; the first"
+        UserError,
+        match="3 of 60 rows are bad, more than --bad-share 0.04 allows; a larger share would list them; the first",
     ):
         prepare_good(llava.model, llava.processor, data, range(60))
 

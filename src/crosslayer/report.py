@@ -68,15 +68,33 @@ def store_table(store: Store) -> str:
 
 def _trainable(store: Store) -> str:
     """Which wirings a training from this store can have."""
-    n, refusals = store.manifest.n_layers, []
+    refusals = _refusals(store)
+    if refusals[0] is None:
+        return "every wiring"
+    return "wirings with first_target 1, of any span" if refusals[-1] is None else f"none: {refusals[-1]}"
+
+
+def training_from(store: Store, model: str) -> str:
+    """The command that trains from a store, after an empty line; nothing where none can."""
+    refusals, kept = _refusals(store), store.manifest
+    if None not in refusals:
+        return ""
+    options = {"revision": kept.revision, "read": kept.read if kept.read != "resid" else ""}
+    options |= {"first-target": "1" if refusals[0] else ""}
+    more = "".join(f" --{name} {value}" for name, value in options.items() if value)
+    return f"\n\nnext: crosslayer train {model} --store {store.path}{more} --out RUN"
+
+
+def _refusals(store: Store) -> list[str | None]:
+    """Why a training cannot have wirings with first_target 0, and with 1 where there are two layers; None if it can."""
+    n, refusals = store.manifest.n_layers, list[str | None]()
     for first_target in (0, 1)[:n]:
         try:
             check_trainable(store, Wiring.full(n, first_target))
+            refusals.append(None)
         except UserError as error:
             refusals.append(str(error))
-    if not refusals:
-        return "every wiring"
-    return "wirings with first_target 1, of any span" if len(refusals) == 1 < n else f"none: {refusals[-1]}"
+    return refusals
 
 
 def _added_errors(manifest: Manifest) -> list[list[str]]:

@@ -28,6 +28,8 @@ def open_image(source: Path | bytes, name: str = "image") -> Image.Image:
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
             return as_rgb(image, called)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{called}: no such image") from None
     except UnidentifiedImageError:

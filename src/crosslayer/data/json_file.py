@@ -36,7 +36,7 @@ def _is_lines(path: Path) -> bool:
         first, more = file.readline(LONGEST_LINE), file.read(1)
     try:
         return first.endswith(b"\n") and bool(more) and isinstance(json.loads(first), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

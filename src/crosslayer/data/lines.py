@@ -3,6 +3,7 @@
 import json
 import mmap
 from array import array
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class _Lines:
         with path.open("rb") as file:
             self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
         start = 0
-        for number in range(1, 2**63):
+        for number in count(1):
             end = self.bytes.find(b"\n", start)
             end = len(self.bytes) if end < 0 else end
             if self.bytes[start:end].strip():
@@ -59,7 +60,7 @@ def _rows(path: Path, read: Any) -> Rows:
 def _parsed(id: str, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{id}: is not JSON ({error})") from None
     if not isinstance(record, dict):
         raise UserError(f"{id}: needs a string under 'prompt' (or 'text'); found {line[:60]}")

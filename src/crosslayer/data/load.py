@@ -29,8 +29,8 @@ EMOJI_SCENES = "emoji-scenes"
 N_SCENES = 20_000
 BUNDLED = (EMOJI_SCENES, MODEL_SAMPLES)
 MIXTURES = (".yaml", ".yml")
-PART_SETTINGS = ("images", "prompt", "columns", "plain", "context", "stream")
-"""What each part of a mixture may have of its own, beside `data` and `weight`."""
+PART_SETTINGS = {"images": str, "prompt": str, "columns": list, "plain": bool, "context": int, "stream": int}
+"""What each part of a mixture may have of its own, beside `data` and `weight`, and what each is."""
 READERS = {".jsonl": json_lines, ".ndjson": json_lines, ".json": json_file}
 """Of files by how they end; those that end otherwise are text, or tables."""
 FILES = {*READERS, *tables.SUFFIXES, *folders.TEXTS, *MIXTURES}
@@ -226,13 +226,18 @@ def _mixture(path: Path, reading: Reading, model: Any, seed: int) -> Examples:
 
     def settings(part: Mapping[str, Any]) -> Reading:
         if unknown := part.keys() - set(PART_SETTINGS):
-            raise UserError(f"{path}: has {min(unknown)!r}, which is none of {', '.join(PART_SETTINGS)}")
+            raise UserError(f"{path}: has {min(map(str, unknown))!r}, which is none of {', '.join(PART_SETTINGS)}")
+        for name, value in part.items():
+            if type(value) is not PART_SETTINGS[name]:
+                raise UserError(f"{path}: {name} is {value!r}; needs a YAML {PART_SETTINGS[name].__name__}")
         folder = {"images": path.parent / part["images"]} if "images" in part else {}
-        return replace(reading, **{**part, **folder, "columns": tuple(part.get("columns", reading.columns))})
+        return replace(reading, **{**part, **folder, "columns": tuple(map(str, part.get("columns", reading.columns)))})
 
     parts, weights, skipped = [], [], Skipped(reading.bad_share)
     for number, (data, weight, own) in enumerate(read_mixture(path, settings), 1):
         beside = path.parent / data
+        if beside == path:
+            raise UserError(f"{path}: mixes itself; name other data in part {number}")
         parts.append(_read(beside if beside.exists() else data, own, model, None, seed))
         weights.append(weight)
         for id, reason in parts[-1].skipped.reasons.items():

@@ -58,9 +58,9 @@ class Skipped:
         bad = [reason for id, reason in self.reasons.items() if id not in self.settled]
         rows = min(max(self.looked_at, FEW), of)
         if len(bad) > self.share * rows:
-            listed = f" (listed in {self.file})" if self.file else ""
+            listed = f"listed in {self.file}" if self.file else "a larger share would list them"
             raise UserError(
-                f"{name}: {len(bad)} of {rows} rows are bad{listed}, more than --bad-share {self.share} allows; "
+                f"{name}: {len(bad)} of {rows} rows are bad, more than --bad-share {self.share} allows; {listed}; "
                 f"the first: {bad[0]}"
             )
 

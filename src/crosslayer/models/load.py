@@ -114,20 +114,22 @@ def load_model(
     files = _files(str(name), revision=revision, trust_remote_code=trust_remote_code)
     config = _from_hub(AutoConfig, files)
     _check_decoder(config, str(name))
-    model, loading = _from_hub(_auto_class(config), files, output_loading_info=True, **settings)
-    if loading["missing_keys"]:
-        raise UserError(
-            f"{name}: lacks the weights {min(loading['missing_keys'])}, which would be random; get them too"
-        )
+    model, loading = _from_hub(
+        _auto_class(config), files, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+    )
+    _check_weights(str(name), loading)
     model.eval().requires_grad_(False)
     if device_map is None and load_in is None:
         model.to(device or _best_device())
     processor = _processor(files, config)
     inputs = probe(model, processor, _sees(config))
     sites, proof = resolve_sites(model, read, inputs)
+    notes = list(sites.notes)
     if _sees(config) and len(inputs) == 1:
-        sites = replace(sites, notes=(*sites.notes, "proved on text alone: it came without a processor"))
-    return LoadedModel(str(name), revision or "", model, processor, sites, proof)
+        notes.append("proved on text alone: it came without a processor")
+    if unused := sorted(loading["unexpected_keys"]):
+        notes.append(f"{len(unused):,} tensors on disk have no place in the model, the first: {unused[0]}")
+    return LoadedModel(str(name), revision or "", model, processor, replace(sites, notes=tuple(notes)), proof)
 
 
 def load_processor(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -207,10 +209,28 @@ def _from_hub(auto: Any, files: _Files, **settings: Any) -> Any:
         return auto.from_pretrained(files.source, **files.settings, **settings)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{files.name}: comes with model code of its own, which is not run; read it, then allow it with "
+                f"--trust-remote-code ({reason})"
+            ) from error
         raise UserError(
             f"{files.name}: no such model, or it cannot be loaded; give a bundled name ({', '.join(BUNDLED)}), "
             f"a model folder or a hub id. {auto.__name__} said: {reason}"
         ) from error
+
+
+def _check_weights(name: str, loading: dict[str, Any]) -> None:
+    """Refuse weights that are not there, or not of the shape that the configuration asks for: they would be random."""
+    if loading["mismatched_keys"]:
+        key, found, wanted = min(loading["mismatched_keys"])
+        raise UserError(
+            f"{name}: {key} is {list(found)} on disk, {list(wanted)} by config.json; get the two of one model"
+        )
+    if loading["missing_keys"]:
+        raise UserError(
+            f"{name}: lacks the weights {min(loading['missing_keys'])}, which would be random; get them too"
+        )
 
 
 def _processor(files: _Files, config: PretrainedConfig) -> Any:

@@ -13,6 +13,8 @@ from crosslayer.models.sites_table import BLOCKS
 WRONG = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 """What a layer may raise when something is replaced in it that is not its MLP: refuted as surely as by a gap."""
 
+NOTHING = "no stream that a module reads there, with what a module after it gives, adds up to the layer's output"
+
 
 def resolve_sites(model: PreTrainedModel, read: str, inputs: dict[str, Any]) -> tuple[Sites, Proof]:
     """The sites that one small batch proves.
@@ -36,5 +38,5 @@ def resolve_sites(model: PreTrainedModel, read: str, inputs: dict[str, Any]) -> 
     raise UserError(
         f"model type {model.config.model_type!r} ({type(model).__name__}): no place where MLPs read and write could be "
         f"proved, so it is not supported. Tried {len(failures)} patterns of the table and of a search of the first "
-        f"layer{': ' if failures else ''}{'; '.join(dict.fromkeys(failures))[:600]}"
+        f"layer: {'; '.join(dict.fromkeys(failures))[:600] or NOTHING}"
     )

@@ -118,10 +118,12 @@ BETWEEN = {
 """Families that add something to the stream between two layers, and what; any other that does is refused."""
 
 MLLAMA = "its cross-attention layers gate what the MLP writes (by 0 before training) and are skipped without an image"
+ALTUP = "AltUp keeps several residual streams, and layers mix them"
 REFUSED = {
     "mllama": MLLAMA,
     "mllama_text_model": MLLAMA,
-    "gemma3n": "AltUp keeps several residual streams, and layers mix them",
+    "gemma3n": ALTUP,
+    "gemma3n_text": ALTUP,
     "zamba": "its blocks share one MLP among layers",
     "zamba2": "its blocks share one MLP among layers",
 }

@@ -22,10 +22,7 @@ from crosslayer.formats import (
 )
 from crosslayer.model_options import AS_IT_IS
 from crosslayer.models.load import LoadedModel
-from crosslayer.report import (
-    remarks,
-    store_table,
-)
+from crosslayer.report import remarks, store_table, training_from
 from crosslayer.verbs.arguments import Loading, Overwrite, Run
 from crosslayer.workflow import RUN_FILES, adopt
 
@@ -93,7 +90,8 @@ def import_(
     claim_folder(out, overwrite, RUN_FILES)
     coder.save(out)
     sizes = f"{out}: {coder.wiring.n_layers} layers of {coder.d_transcoder:,} features"
-    print("\n".join([sizes, *remarks(coder), f"next: crosslayer evaluate {out}"]))
+    named = "" if coder.provenance.model_id else " --model MODEL"
+    print("\n".join([sizes, *remarks(coder), f"next: crosslayer evaluate {out}{named}"]))
 
 
 def _import_batches(
@@ -101,8 +99,7 @@ def _import_batches(
 ) -> None:
     batches = read_layered_batches(source, target_offset)
     store = store_batches(batches, out, model=model, dtype=store_dtype, overwrite=overwrite)
-    name = "MODEL" if model is None else model.id
-    print(f"{store_table(store)}\n\nnext: crosslayer train {name} --store {out} --out RUN")
+    print(store_table(store) + training_from(store, "MODEL" if model is None else model.id))
 
 
 def export(

@@ -17,9 +17,7 @@ from crosslayer.data.reading import Reading
 from crosslayer.distributed.joining import crew
 from crosslayer.errors import UserError
 from crosslayer.model_options import AS_IT_IS
-from crosslayer.report import (
-    store_table,
-)
+from crosslayer.report import store_table, training_from
 from crosslayer.verbs.arguments import (
     Data,
     HowRead,
@@ -88,7 +86,7 @@ def capture(
         crew=here,
     )
     here.dismiss()
-    print(f"{store_table(store)}\n\nnext: crosslayer train {model} --store {out} --out RUN")
+    print(store_table(store) + training_from(store, model))
     print_skipped(examples)
 
 
