@@ -75,6 +75,12 @@ def test_a_chunk_is_the_same_whenever_it_is_asked_for(llama):
     assert same(again.chunk(2), chunks[2])
 
 
+def test_a_chunk_lies_token_by_token_in_memory(llama):
+    chunk = ModelSource(llama, text_examples(4), chunk_prompts=2).chunk(0)
+    assert chunk.x.is_contiguous()
+    assert chunk.y.is_contiguous()
+
+
 def test_a_chunk_that_is_asked_for_again_at_once_costs_no_forward_pass(llama):
     source, passes = ModelSource(llama, text_examples(8), chunk_prompts=4), []
     handle = llama.body.register_forward_hook(lambda *_: passes.append(1))

@@ -73,8 +73,15 @@ class Own(CLIPImageProcessorPil):
         return super().normalize(image.round(1), mean, std, **settings)
 
 
+class Grey(CLIPImageProcessorPil):
+    """That turns pictures grey."""
+
+    def convert_to_rgb(self, image, **settings):
+        return super().convert_to_rgb(image.convert("L"), **settings)
+
+
 def test_other_processors_go_their_own_way(llava):
-    for image_processor in (Own(), LlavaNextImageProcessorPil(), object()):
+    for image_processor in (Own(), Grey(), LlavaNextImageProcessorPil(), object()):
         processor = SimpleNamespace(image_processor=image_processor)
         assert in_one_pass(processor) is processor
     assert in_one_pass(llava.processor.tokenizer) is llava.processor.tokenizer

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import ByT5Tokenizer
 
 from crosslayer import Example, UserError, load_model
 from crosslayer.models.prompts import prepare
@@ -68,6 +69,31 @@ def test_a_batch_holds_the_tokens_of_each_prompt_alone(llava):
         alone = prepared(llava, example)
         assert torch.equal(together.tokens[i][together.attention[i]], alone.tokens[0])
         assert torch.equal(together.response[i][together.attention[i]], alone.response[0])
+
+
+def test_templated_and_plain_prompts_share_a_batch(llama_folder):
+    model = load_model(llama_folder)
+    model.processor.chat_template = "<s>{% for m in messages %}{{ m.content }} {% endfor %}"
+    examples = [
+        Example("a", "is there a dog ?", "no ."),
+        Example("b", "a cat", form="text"),
+        Example("c", "", tokens=(5, 6, 7)),
+        Example("d", "describe the picture ."),
+        Example("e", "yes", "a bus .", form="text"),
+    ]
+    together = prepared(model, *examples)
+    for i, example in enumerate(examples):
+        alone = prepared(model, example)
+        assert torch.equal(together.tokens[i][together.attention[i]], alone.tokens[0])
+        assert torch.equal(together.response[i][together.attention[i]], alone.response[0])
+
+
+@pytest.mark.filterwarnings("ignore:This sequence already has")
+def test_a_tokenizer_without_spans_finds_the_response_too(llama):
+    tokenizer = ByT5Tokenizer()
+    batch = prepare(llama.model, tokenizer, [Example("a", "a", "bc"), Example("b", "abc", "d")])
+    found = [tokenizer.decode(row[mask]) for row, mask in zip(batch.tokens, batch.response, strict=True)]
+    assert found == ["bc</s>", "d</s>"]
 
 
 def test_a_tokenizer_without_a_pad_token_pads_with_its_end_mark(llama_folder):

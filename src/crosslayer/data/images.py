@@ -58,7 +58,7 @@ def as_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     if turned.has_transparency_data:
         layers = turned.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
-    return turned.convert("RGB")
+    return turned if turned.mode == "RGB" else turned.convert("RGB")
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:

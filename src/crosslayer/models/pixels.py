@@ -10,7 +10,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from transformers.image_processing_backends import PilBackend
 
-STOCK = ("preprocess", "_preprocess_image_like_inputs", "_preprocess", "resize", "rescale", "normalize")
+STOCK = (
+    *("preprocess", "_preprocess_image_like_inputs", "_preprocess", "resize", "rescale", "normalize"),
+    *("process_image", "convert_to_rgb"),
+)
 """Methods that a processor must share with transformers' own to be quickened."""
 
 
@@ -25,6 +28,7 @@ def in_one_pass(processor: Any) -> Any:
         return processor
     quick, pictures = copy(processor), cast(Any, copy(stock))
     pictures._preprocess = partial(_preprocess, stock)
+    pictures.do_convert_rgb = False  # those of examples are RGB
     quick.image_processor = pictures
     return quick
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from itertools import compress
 from typing import Any
 
 import torch
@@ -71,10 +72,10 @@ def prepare(model: PreTrainedModel, processor: Any, examples: Sequence[Example])
     texts = _each(paired, lambda pair: write(processor, pair[0], pair[1] is not None))
     seen = [place for place, picture in enumerate(pictures) if picture is not None]
     vision = _process(processor, [texts[i] for i in seen], [pictures[i] for i in seen], seen)
-    written = [_tokens(tokenizer, e, text) for e, text in zip(examples, texts, strict=True)]
+    written = _tokens(tokenizer, examples, texts)
     ids, responses = [row[0] for row in written], [row[1] for row in written]
-    for row, place in enumerate(seen):
-        ids[place] = vision["input_ids"][row][vision["attention_mask"][row].bool()].tolist()
+    for place, row in zip(seen, _without_padding(vision, "input_ids"), strict=True):
+        ids[place] = row
     _check_responses(processor, ids, responses)
     _check_image_tokens(model, ids, seen, examples)
     _check_lengths(model, ids, examples)
@@ -171,22 +172,37 @@ def _refused(processor: Any, texts: list[Text], pictures: list[Image.Image], pla
     return reasons
 
 
-def _tokens(tokenizer: Any, example: Example, text: Text) -> tuple[list[int], list[int] | None]:
-    """Tokens of the text, before images take their room, and those of its response, where there is one.
+def _tokens(tokenizer: Any, examples: Sequence[Example], texts: list[Text]) -> list[tuple[list[int], list[int] | None]]:
+    """Tokens of each text, before images take their room, and those of its response, where there is one."""
+    found: list[tuple[list[int], list[int] | None]] = [(list(example.tokens or ()), None) for example in examples]
+    for complete in (False, True):
+        alike = [i for i, e in enumerate(examples) if e.tokens is None and texts[i].complete == complete]
+        rows = _encoded(tokenizer, [texts[i] for i in alike], add_special_tokens=not complete)
+        for place, row in zip(alike, rows, strict=True):
+            found[place] = row
+    return found
 
-    A token that lies across the beginning of the response is one of it.
-    """
-    if example.tokens is not None:
-        return list(example.tokens), None
-    settings = {"add_special_tokens": not text.complete, "verbose": False}
+
+def _encoded(tokenizer: Any, texts: list[Text], **settings: Any) -> list[tuple[list[int], list[int] | None]]:
+    """The same by one call, as each costs more than the tokens of a prompt."""
+    if not texts:
+        return []
+    settings["verbose"] = False
+    written = tokenizer([text.text for text in texts], return_offsets_mapping=tokenizer.is_fast, **settings)
+    offsets = written["offset_mapping"] if tokenizer.is_fast else [None] * len(texts)
+    rows = zip(texts, written["input_ids"], offsets, strict=True)
+    return [(ids, _response(tokenizer, text, ids, spans, settings)) for text, ids, spans in rows]
+
+
+def _response(
+    tokenizer: Any, text: Text, ids: list[int], spans: list[tuple[int, int]] | None, settings: dict[str, Any]
+) -> list[int] | None:
+    """Tokens of the response; one that lies across its beginning is one of it, where the tokenizer gives spans."""
     if text.response_start is None:
-        return tokenizer(text.text, **settings)["input_ids"], None
-    if not tokenizer.is_fast:
-        ids = tokenizer(text.text, **settings)["input_ids"]
-        return ids, ids[len(tokenizer(text.text[: text.response_start].rstrip(" "), **settings)["input_ids"]) :]
-    written = tokenizer(text.text, return_offsets_mapping=True, **settings)
-    ids, ends = written["input_ids"], [end for _, end in written["offset_mapping"]]
-    return ids, [id for id, end in zip(ids, ends, strict=True) if end > text.response_start]
+        return None
+    if spans is None:
+        return ids[len(tokenizer(text.text[: text.response_start].rstrip(" "), **settings)["input_ids"]) :]
+    return [id for id, (_, end) in zip(ids, spans, strict=True) if end > text.response_start]
 
 
 def _check_image_tokens(
@@ -226,10 +242,18 @@ def _padded(
             inputs[name] = value
         elif name not in (*inputs, "labels") and name in asked_for:
             rows = [[0] * len(row) for row in ids]
-            for row, place in enumerate(seen):
-                rows[place] = value[row][vision["attention_mask"][row].bool()].tolist()
+            for place, row in zip(seen, _without_padding(vision, name), strict=True):
+                rows[place] = row
             inputs[name] = _left(rows, 0)
     return {n: value.to(model.device) if isinstance(value, Tensor) else value for n, value in inputs.items()}
+
+
+def _without_padding(vision: dict[str, Any], name: str) -> list[list[Any]]:
+    """What the processor says of each token of its texts."""
+    if not vision:
+        return []
+    rows, kept = vision[name].tolist(), vision["attention_mask"].tolist()
+    return [list(compress(*row)) for row in zip(rows, kept, strict=True)]
 
 
 def _left(rows: list[list[int]], fill: int) -> Int[Tensor, "B P"]:
@@ -247,9 +271,7 @@ def _check_responses(processor: Any, ids: list[list[int]], responses: list[list[
 
 def _response_mask(attention: Tensor, image: Tensor, lengths: list[int | None]) -> Tensor:
     P = attention.shape[1]
-    mask = torch.zeros_like(attention)
-    first = attention.long().argmax(1)
-    for b, length in enumerate(lengths):
-        start = int(first[b]) + 1 if length is None else P - length
-        mask[b, start:] = True
-    return mask & attention & ~image
+    first = attention.long().argmax(1).tolist()
+    starts = [begin + 1 if length is None else P - length for begin, length in zip(first, lengths, strict=True)]
+    behind = torch.arange(P) >= torch.tensor(starts)[:, None]
+    return behind.to(attention.device) & attention & ~image
