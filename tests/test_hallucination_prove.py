@@ -45,11 +45,11 @@ def change(name, before, difference, half):
 def proof(lowered, kept, drawn):
     """Evidence in which one measure is lowered and one retained."""
     edit = OnTest(
-        method="greedy", edits=3, strength=1.0, kl=0.01,
+        method="descent", edits=3, strength=1.0, kl=0.01,
         changes={"absent_named": lowered, "object_recall": kept}, holm={"absent_named": 0.002},
     )  # fmt: skip
     return Proof(
-        model="m", kept="greedy", counts={}, methods=(edit,), doses={}, opposite={}, lowest=-1.0,
+        model="m", kept="descent", counts={}, methods=(edit,), doses={}, opposite={}, lowest=-1.0,
         unchanged={"same": 9, "prompts": 10}, beaten=(), equal_kl=None, cost=Cost(plain=1.0, edited=1.2),
         chance=(Chance(draws="random-features", measure="absent_named", before=0.7, edited=0.2, drawn=drawn),),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from crosslayer.hallucination.responses import Query
 from crosslayer.hallucination.suppress.calibration import Calibration, at_kl
 from crosslayer.hallucination.suppress.figures import Dose, asked_again, figures
 from crosslayer.hallucination.suppress.objective import Objective, Weighing
-from crosslayer.hallucination.suppress.selection import Given, Greedy, Ranked, Windows, measured, under
+from crosslayer.hallucination.suppress.selection import Ranked, measured, under
 from crosslayer.hallucination.suppress.strengths import removed, turned_down
 from crosslayer.hallucination.synonyms import EMOJI, load_table
 from crosslayer.replacement.prefix import AS_IT_IS
@@ -127,37 +127,20 @@ def planted(model, weight=3.0):
     return coder
 
 
-def test_greedy_and_ranking_find_the_one_feature_that_causes_the_margin(llama):
+def test_ranking_finds_the_one_feature_that_causes_the_margin(llama):
     weighing = Weighing(at_least=1, slack=20.0, collateral=0.1)  # a random model's margins are far below 0
     objective = Objective(llama, [response(llama, i, *said) for i, said in enumerate(SAID)], HERE, weighing)
-    coder, start = planted(llama), objective.measure(AS_IT_IS).value
+    coder = planted(llama)
     alone = {
         (s, f): measured(objective, coder, [Intervention(layer=s, feature=f, action=Ablate(), where=TEXT)]).value
         for s in range(3)
         for f in range(24)
     }
     assert min(alone, key=lambda feature: alone[feature]) == (1, 5)
-    assert Ranked(n=1).choose(objective, coder).features == [(1, 5)]
-    found = Greedy(group=4, at_most=6, rounds=12).choose(objective, coder)
-    assert (1, 5) in found.features
-    assert len(found.features) <= 6
-    values = [step.terms.value for step in found.path if step.kept]
-    assert values == sorted(values, reverse=True)
-    assert values[0] == pytest.approx(start, abs=1e-5)
-    assert values[-1] == pytest.approx(measured(objective, coder, found.edits).value, abs=1e-5)
-    assert all(step.terms.value >= values[-1] for step in found.path)
-
-
-def test_windows_keep_the_one_at_which_the_objective_is_least(llama):
-    objective = Objective(llama, responses(llama), HERE, SMALL)
-    inner = Given(features=((1, 5), (0, 2)))
-    windows = (TEXT, Part("answer"), Part("image"), Everywhere())
-    found = Windows(inner=inner, windows=windows).choose(objective, planted(llama))
-    values = [step.terms.value for step in found.path[1:]]
-    (kept,) = [i for i, step in enumerate(found.path[1:]) if step.kept]
-    assert values[kept] == min(values)
-    assert {edit.where for edit in found.edits} == {windows[kept]}
-    assert values[2] == pytest.approx(objective.measure(AS_IT_IS).value, abs=1e-6)  # there are no images
+    found = Ranked(n=1).choose(objective, coder)
+    assert found.features == [(1, 5)]
+    assert found.path[-1].terms.value == pytest.approx(alone[1, 5], abs=1e-5)
+    assert alone[1, 5] < objective.measure(AS_IT_IS).value
 
 
 def test_too_little_to_choose_by_is_refused(llama):

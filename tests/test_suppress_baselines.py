@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from crosslayer import Ablate, Add, Everywhere, Steer, UserError, Wiring
+from crosslayer import Ablate, Add, Everywhere, Intervention, Scale, Steer, UserError, Wiring
 from crosslayer.hallucination.suppress.chance import (
     NEAREST,
     Habits,
@@ -99,32 +99,47 @@ def made_habits(F=60):
 
 
 def test_random_sets_are_of_the_same_layers_and_alike_in_rate_activation_and_norm():
-    known, features = made_habits(), [(0, 10), (4, 20)]
-    sets = matched_sets(known, [0, 4], features, 20, seed=3)
-    assert sets == matched_sets(known, [0, 4], features, 20, seed=3)
+    known, features = made_habits(), [(0, 10), (4, 20), (4, 30)]
+    edits = [
+        Intervention(layer=layer, feature=f, action=Scale(0.1 * i), where=TEXT) for i, (layer, f) in enumerate(features)
+    ]
+    sets = matched_sets(known, [0, 4], edits, 20, seed=3)
+    assert sets == matched_sets(known, [0, 4], edits, 20, seed=3)
+    for some in sets:
+        assert sorted((e.layer, e.action.factor) for e in some) == [(0, 0.0), (4, 0.1), (4, 0.2)]
+        assert len({(e.layer, e.feature) for e in [*some, *edits]}) == 6
+        assert {e.where for e in some} == {TEXT}
     assert len(set(sets)) > 15
     of = np.log(np.stack([array(x) for x in (known.rate[:, 5:], known.mean[:, 5:], known.norm[:, 5:])], -1))
-    for place, (layer, feature) in enumerate(features):
+    for i, (layer, feature) in enumerate(features):
+        place = [0, 4].index(layer)
         apart = (((of[place] - of[place, feature - 5]) / of[place].std(0)) ** 2).sum(1)
-        nearest = set((np.argsort(apart)[1 : NEAREST + 1] + 5).tolist())
-        drawn = {other for some in sets for s, other in some if s == layer}
+        taken = [f - 5 for other, f in features if other == layer and f != feature]
+        nearest = set((np.setdiff1d(np.argsort(apart), taken, assume_unique=True)[1 : NEAREST + 2] + 5).tolist())
+        drawn = {e.feature for some in sets for e in some if e.action.factor == 0.1 * i}
         assert drawn <= nearest
         assert len(drawn) > 4
 
 
 def test_a_layer_without_enough_others_is_named():
     with pytest.raises(UserError, match="layer 0 has fewer than 30 other active features"):
-        matched_sets(made_habits(), [0, 4], [(0, f) for f in range(20, 50)], 1)
+        edits = [Intervention(layer=0, feature=f, action=Ablate()) for f in range(20, 50)]
+        matched_sets(made_habits(), [0, 4], edits, 1)
 
 
 def test_random_directions_are_as_long_as_what_the_edit_writes(llama, objective):
     coder = finished_coder(Wiring.full(3))
-    norms = write_norms(objective, coder, [(1, 3), (2, 4)], 0.5, Everywhere())
+
+    def norms_of(strength, *edits):
+        made = [Intervention(layer=layer, feature=f, action=action) for layer, f, action in edits]
+        return write_norms(objective, coder, made, strength, Everywhere())
+
+    norms = norms_of(0.5, (1, 3, Ablate()), (2, 4, Ablate()))
     assert norms[0] == 0
     assert (norms[1:] > 0).all()
-    doubled = write_norms(objective, coder, [(1, 3)], 1.0, Everywhere())
-    half = write_norms(objective, coder, [(1, 3)], 0.5, Everywhere())
+    doubled, half = norms_of(1.0, (1, 3, Ablate())), norms_of(0.5, (1, 3, Ablate()))
     assert doubled[1].item() == pytest.approx(2 * half[1].item(), rel=1e-5)
+    torch.testing.assert_close(norms_of(2.0, (1, 3, Scale(0.75))), half)
     sets = [[e for e in some if isinstance(e, Steer)] for some in random_directions(norms, coder.d_model, TEXT, 3)]
     assert [[edit.layer for edit in some] for some in sets] == [[1, 2]] * 3
     lengths = torch.tensor([[edit.vector.norm() for edit in some] for some in sets])

@@ -19,7 +19,7 @@ from crosslayer.verbs.suppress_tables import suppress_tables
 from making import finished_coder
 from test_suppress import response
 
-PLAN = Plan(group=4, at_most=4, rounds=2, ranked=2, sets=1)
+PLAN = Plan(steps=2, at_most=4, ranked=2, sets=1)
 SETTINGS = Protocol(
     weighing=Weighing(cases=8, clean=2, at_least=2, slack=20.0, collateral=0.1),
     calibration=Calibration(strengths=(-1.0, 0.0, 1.0), points=100.0),
@@ -64,7 +64,7 @@ def first(model, coder, folder):
 
 def test_every_method_ends_in_a_file_and_the_edit_loads_on_the_original(model, coder, folder, first):
     record = json.loads((folder / "suppress.json").read_text())
-    methods = ["greedy", "ranked", "circuit", "greedy-windows", "beside", "mean-difference", "probe"]
+    methods = ["descent", "ranked", "circuit", "beside", "mean-difference", "probe"]
     assert list(record["outcomes"]) == methods
     before = read_responses(folder / "suppress" / "before.jsonl")
     for outcome in first.outcomes:
@@ -95,11 +95,11 @@ def test_what_is_finished_is_read_and_not_run_again(model, coder, folder, first,
 
 def test_a_second_test_with_other_settings_is_refused_or_counted(model, coder, folder, first, tmp_path):
     shutil.copytree(folder, tmp_path / "out")
-    other = Plan(group=3, at_most=3, rounds=1, ranked=2, sets=0)
-    with pytest.raises(UserError, match=r"greedy.json: was tested .* --again"):
+    other = Plan(steps=1, at_most=3, ranked=2, sets=0)
+    with pytest.raises(UserError, match=r"descent.json: was tested .* --again"):
         suppress(trial(model, tmp_path / "out"), coder, plan=other)
     second = suppress(trial(model, tmp_path / "out", again=True), coder, plan=other)
-    assert second.outcome("greedy").tests == 2
+    assert second.outcome("descent").tests == 2
 
 
 def test_an_edit_is_generated_beside_the_original(llama_folder, tmp_path, monkeypatch, capsys):

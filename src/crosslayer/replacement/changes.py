@@ -5,7 +5,9 @@ K what is counted of these (activations, and beside them whether each is active 
 T targets of the layer.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -14,7 +16,7 @@ from torch.nn.functional import linear
 
 from crosslayer.coders.far import fetch_rows
 from crosslayer.coders.transcoder import CrossLayerTranscoder
-from crosslayer.replacement.actions import Action
+from crosslayer.replacement.actions import Ablate, Action, Scale
 from crosslayer.replacement.interventions import Intervention, Steer
 from crosslayer.replacement.passes import Passes
 from crosslayer.replacement.where import Where
@@ -22,13 +24,29 @@ from crosslayer.replacement.where import Where
 
 @dataclass
 class _Step:
-    """One action on some features of a layer, in some rows of the batch, at some positions."""
+    """What is done to some features of a layer at once, in some rows of the batch, at some positions."""
 
     rows: slice
     where: Where
-    action: Action
+    actions: list[Action]
+    """One and the same, or what multiplies activations, each feature's by a factor of its own."""
     columns: list[int]
     """Of the features among those edited."""
+
+    @cached_property
+    def action(self) -> Callable[[Tensor], Tensor]:
+        """That of all its features."""
+        first = self.actions[0]
+        if all(action == first for action in self.actions):
+            return first
+        factors = [action.factor if isinstance(action, Scale) else 0.0 for action in self.actions]
+        return lambda acts: acts * acts.new_tensor(factors)
+
+    def takes(self, edit: Intervention, rows: slice) -> bool:
+        """Whether another feature's edit may be done at once with these."""
+        last = self.actions[-1]
+        alike = edit.action == last or (isinstance(last, Ablate | Scale) and isinstance(edit.action, Ablate | Scale))
+        return alike and (rows, edit.where) == (self.rows, self.where)
 
     def changed(self, acts: Float[Tensor, "B P U"], passes: Passes) -> Float[Tensor, "B P U"]:
         """The activations after the action."""
@@ -61,12 +79,12 @@ class FeatureEdits:
         place = {feature: i for i, feature in enumerate(features)}
         self.steps: list[_Step] = []
         for edit, rows in edits:
-            last = self.steps[-1] if self.steps else None
-            same = last is not None and (last.rows, last.where, last.action) == (rows, edit.where, edit.action)
-            if last is not None and same and place[edit.feature] not in last.columns:
-                last.columns.append(place[edit.feature])
-            else:
-                self.steps.append(_Step(rows, edit.where, edit.action, [place[edit.feature]]))
+            last, column = self.steps[-1] if self.steps else None, place[edit.feature]
+            if last is None or column in last.columns or not last.takes(edit, rows):
+                last = _Step(rows, edit.where, [], [])
+                self.steps.append(last)
+            last.actions.append(edit.action)
+            last.columns.append(column)
         self.of = torch.tensor(features, device=coder.b_dec.device)
         i = coder.sources.index(layer)
         self.thresholds = None if thresholds is None else thresholds[i][self.of].detach().clamp_min(0)

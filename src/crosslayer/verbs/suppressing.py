@@ -37,7 +37,7 @@ def suppress(
     *,
     out: Annotated[Path, arg(help="Folder of the results of `score`; adds suppress.json, edit.json and suppress/.")],
     beside: Annotated[
-        str | None, arg(help="Another run on the same model, a PLT for one, under the same search.")
+        str | None, arg(help="Another run on the same model, a PLT for one, by the same descent.")
     ] = None,
     circuit: Annotated[Path | None, arg(help="JSON list of features (layer, feature) to try as one whole.")] = None,
     plan: Annotated[Plan, arg(name="")] = Plan(),  # noqa: B008
@@ -52,11 +52,11 @@ def suppress(
     model: OtherModel = None,
     loading: RunLoading = AS_SAVED,
 ) -> None:
-    """Suppress hallucination: ablate features of the original model, its errors kept, as far as little is lost.
+    """Suppress hallucination: turn down features of the original model, its errors kept, as far as little is lost.
 
-    Features are chosen on one part of the images, the strength on a second, and the result is measured once on a third,
-    beside a difference of means, a linear probe, and features and directions drawn by lot. A method that is finished
-    is read from its file.
+    Features and how much of each is taken away are chosen on one part of the images, the dose on a second, and the
+    result is measured once on a third, beside a difference of means, a linear probe, and features and directions drawn
+    by lot. A method that is finished is read from its file.
     """
     check_positive(control_images=control_images, batch_prompts=batch_prompts)
     coder, loaded = load_run(run, model, loading)

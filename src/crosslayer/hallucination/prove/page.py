@@ -135,7 +135,7 @@ def _doses(ax: Axes, *, proof: Proof, name: str) -> None:
     ax.axvline(0, color="#bbbbbb", lw=1, ls="--")
     ax.axvline(proof.edit.strength, color=KEPT, lw=1, ls=":")
     ax.set_ylim(0, 1.02)
-    ax.set_xlabel("strength (1: ablated; below 0: written once more)")
+    ax.set_xlabel("strength (1: as chosen; below 0: written once more)")
     ax.set_ylabel(name)
     ax.legend(frameon=False)
 

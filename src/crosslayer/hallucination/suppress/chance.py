@@ -4,7 +4,7 @@ Axes: S sources, F features, L layers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,10 +14,9 @@ from torch import Tensor
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.errors import UserError
 from crosslayer.hallucination.suppress.objective import Objective
-from crosslayer.hallucination.suppress.selection import Feature
-from crosslayer.hallucination.suppress.strengths import Fired, removed
+from crosslayer.hallucination.suppress.strengths import Fired, as_strengths, removed
 from crosslayer.replacement.actions import Add
-from crosslayer.replacement.interventions import Edit, Steer
+from crosslayer.replacement.interventions import Edit, Intervention, Steer
 from crosslayer.replacement.where import Where
 
 NEAREST = 10
@@ -52,56 +51,47 @@ def habits(objective: Objective, coder: CrossLayerTranscoder, where: Where) -> H
 
 
 def matched_sets(
-    habits: Habits, sources: Sequence[int], features: Sequence[Feature], n: int, seed: int = 0
-) -> list[tuple[Feature, ...]]:
-    """Sets of as many features of the same layers, none of those chosen, alike in rate, mean activation and norm.
+    habits: Habits, sources: Sequence[int], edits: Sequence[Intervention], n: int, seed: int = 0
+) -> list[tuple[Intervention, ...]]:
+    """The same edits of other features of the same layers, none of those chosen, alike in rate, activation and norm.
 
-    Each feature's place is taken by one drawn from the `NEAREST` of its layer, by distance of the three logarithms,
-    each in units of its spread over the layer's active features.
+    Each feature's place, and so its strength, is taken by one drawn from the `NEAREST` of its layer, by distance of the
+    three logarithms, each in units of its spread over the layer's active features.
 
     Raises:
         UserError: when a layer has too few other active features.
     """
-    rng, known, chosen = np.random.default_rng(seed), habits.stacked(), set(features)
-    return [_matched(known, sources, features, chosen, rng) for _ in range(n)]
+    rng, known = np.random.default_rng(seed), habits.stacked()
+    return [_matched(known, sources, edits, rng) for _ in range(n)]
 
 
 def _matched(
-    known: np.ndarray,
-    sources: Sequence[int],
-    features: Sequence[Feature],
-    chosen: set[Feature],
-    rng: np.random.Generator,
-) -> tuple[Feature, ...]:
-    taken: set[Feature] = set()
-    for i in rng.permutation(len(features)):
-        layer, feature = features[i]
+    known: np.ndarray, sources: Sequence[int], edits: Sequence[Intervention], rng: np.random.Generator
+) -> tuple[Intervention, ...]:
+    taken, made = {(edit.layer, edit.feature) for edit in edits}, []
+    for i in rng.permutation(len(edits)):
+        layer, feature = edits[i].layer, edits[i].feature
         of = known[sources.index(layer)]
-        free = [
-            f
-            for f in np.flatnonzero(np.isfinite(of).all(1)).tolist()
-            if (layer, f) not in chosen and (layer, f) not in taken
-        ]
+        free = [f for f in np.flatnonzero(np.isfinite(of).all(1)).tolist() if (layer, f) not in taken]
         if not free:
-            wanted = sum(f[0] == layer for f in features)
+            wanted = sum(edit.layer == layer for edit in edits)
             raise UserError(
                 f"layer {layer} has fewer than {wanted} other active features to draw from; choose fewer (--at-most)"
             )
         spread = of[np.isfinite(of).all(1)].std(0) + 1e-9
         mine = np.nan_to_num(of[feature], neginf=of[free].min())
         near = np.argsort((((of[free] - mine) / spread) ** 2).sum(1), kind="stable")[:NEAREST]
-        taken.add((layer, free[int(rng.choice(near))]))
-    return tuple(sorted(taken))
+        made.append(replace(edits[i], feature=free[int(rng.choice(near))]))
+        taken.add((layer, made[-1].feature))
+    return tuple(sorted(made, key=lambda edit: (edit.layer, edit.feature)))
 
 
 @torch.no_grad()
 def write_norms(
-    objective: Objective, coder: CrossLayerTranscoder, features: Sequence[Feature], strength: float, where: Where
+    objective: Objective, coder: CrossLayerTranscoder, edits: Sequence[Intervention], strength: float, where: Where
 ) -> Float[Tensor, " L"]:
-    """Length of what ablating features adds to each layer's write, the root mean square over the positions edited."""
-    strengths = coder.b_dec.new_zeros(len(coder.sources), coder.d_transcoder)
-    for layer, feature in features:
-        strengths[coder.sources.index(layer), feature] = strength
+    """Length of what turning features down adds to each layer's write: root mean square over the positions edited."""
+    strengths = strength * as_strengths(coder, edits)
     squares, n = torch.zeros(coder.wiring.n_layers, device=coder.b_dec.device), 0
     for part in objective.parts:
         delta = removed(objective.model, coder, strengths, where, part.batch)

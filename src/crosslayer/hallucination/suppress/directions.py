@@ -21,7 +21,7 @@ from tqdm import tqdm
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.hallucination.decisions import Decision, as_batch
 from crosslayer.hallucination.suppress.objective import Objective, batches
-from crosslayer.hallucination.suppress.selection import Chosen, Step, measured
+from crosslayer.hallucination.suppress.selection import Chosen, Step, under
 from crosslayer.models.hooks import reading
 from crosslayer.models.load import LoadedModel
 from crosslayer.replacement.actions import Ablate, Action, Add
@@ -40,6 +40,8 @@ class Along:
     where: Where = Part("text")  # noqa: RUF009
     actions: tuple[Action, ...] = (Add(-1.0), Add(-2.0), Ablate())
     """Ways tried at each layer: the vector once, twice, or the stream's whole part along it."""
+    drawn: int = 4
+    """Batches of hallucinated captions, answers and clean responses that all of these are tried on."""
 
     def choose(self, objective: Objective, coder: CrossLayerTranscoder) -> Chosen:
         """See `Strategy.choose`."""
@@ -53,7 +55,8 @@ class Along:
             for action in self.actions
         ]
         bar = tqdm(tried, unit="direction", desc="choose a direction", disable=None, leave=False)
-        terms = [measured(objective, coder, [steer]) for steer in bar]
+        parts = objective.drawn(self.drawn, torch.Generator().manual_seed(0))
+        terms = [objective.measure(under(objective.model, coder, [steer], 1.0), parts) for steer in bar]
         best = min(range(len(tried)), key=lambda i: terms[i].value)
         path = tuple(
             Step(tried=f"layer {steer.layer}, {steer.action}", terms=terms[i], kept=i == best)

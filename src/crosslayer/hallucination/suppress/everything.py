@@ -11,18 +11,17 @@ from crosslayer.errors import UserError
 from crosslayer.files import read_json, write_json
 from crosslayer.hallucination.suppress.calibration import at_kl, left, losses
 from crosslayer.hallucination.suppress.chance import habits, matched_sets, random_directions, write_norms
+from crosslayer.hallucination.suppress.descent import Descent
 from crosslayer.hallucination.suppress.directions import Along, mean_difference, probe
 from crosslayer.hallucination.suppress.figures import Dose, figures
 from crosslayer.hallucination.suppress.outcome import Outcome
 from crosslayer.hallucination.suppress.protocol import Method, Trial
-from crosslayer.hallucination.suppress.selection import Feature, Given, Greedy, Ranked, Strategy, Windows, ablated
+from crosslayer.hallucination.suppress.selection import Feature, Given, Ranked, Strategy
 from crosslayer.replacement.edit_file import EditFile
 from crosslayer.replacement.interventions import Intervention
-from crosslayer.replacement.where import Everywhere, Part, Where
 
 SUPPRESS, EDIT = "suppress.json", "edit.json"
 """Names in a folder of results: what came out, and the edit that is kept."""
-WINDOWS: tuple[Where, ...] = (Part("text"), Part("answer"), Part("image"), Everywhere())
 RANDOM_FEATURES, RANDOM_DIRECTIONS = "random-features", "random-directions"
 BESIDE = "beside"
 
@@ -35,23 +34,27 @@ class Plan:
         UserError: for numbers below 1.
     """
 
-    group: int = Greedy.group
-    """Features in the first group of the greedy search."""
-    at_most: int = Greedy.at_most
-    """Features of an edit at most."""
-    rounds: int = Greedy.rounds
-    """Of the greedy search at most."""
+    steps: int = Descent.steps
+    """Of the descent in the strengths of all features."""
+    at_most: int = Descent.at_most
+    """Features of its edit at most."""
+    penalty: float = Descent.penalty
+    """Of a feature that is taken away wholly, beside a logit of margin."""
     ranked: int = 16
     """Features that are taken at once by their gradients; 1 for the best alone."""
     sets: int = 20
     """Random sets of features like those chosen, and of directions as long; 0 for none."""
 
     def __post_init__(self):
-        if min(self.group, self.at_most, self.rounds, self.ranked) < 1 or self.sets < 0:
+        if min(self.steps, self.at_most, self.ranked) < 1 or min(self.penalty, self.sets) < 0:
             raise UserError(
-                f"group, at_most, rounds and ranked are {self.group}, {self.at_most}, {self.rounds}, {self.ranked}, "
-                f"sets {self.sets}; choose at least 1 of each, and sets from 0 on"
+                f"steps, at_most and ranked are {self.steps}, {self.at_most}, {self.ranked}, penalty and sets "
+                f"{self.penalty}, {self.sets}; choose at least 1 of each of the former, and the latter from 0 on"
             )
+
+    def descent(self, seed: int) -> Descent:
+        """The main method, the same for a run and for the one beside it."""
+        return Descent(steps=self.steps, at_most=self.at_most, penalty=self.penalty, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,21 +112,18 @@ def suppress(
 
     Args:
         trial: the responses, and what is done with them.
-        coder: the transcoder whose features are ablated.
+        coder: the transcoder whose features are turned down.
         plan: which methods.
-        beside: another of the same model, a PLT for one, under the same greedy search.
+        beside: another of the same model, a PLT for one, by the same descent.
         circuit: features chosen elsewhere, tried as a method of their own.
 
     Raises:
         UserError: as the stages do.
     """
     before = figures(trial.before)
-    ours = [trial.run(Method(name=name, strategy=s, coder=coder)) for name, s in _strategies(plan, circuit)]
-    greedy = ours[0]
-    if greedy.edits:
-        windows = Windows(inner=Given(features=_features(greedy)), windows=WINDOWS)
-        ours.append(trial.run(Method(name="greedy-windows", strategy=windows, coder=coder)))
-    others = [trial.run(method) for method in _baselines(plan, coder, beside)]
+    descent = plan.descent(trial.settings.seed)
+    ours = [trial.run(Method(name=n, strategy=s, coder=coder)) for n, s in _strategies(descent, plan, circuit)]
+    others = [trial.run(method) for method in _baselines(descent, coder, beside)]
     kept = min(ours, key=lambda outcome: _rank(outcome))
     assert kept.strength is not None
     EditFile.of(trial.model, coder, kept.edits, kept.strength).save(trial.folder / EDIT)
@@ -164,18 +164,16 @@ def read_features(path: Path) -> tuple[Feature, ...]:
     return found
 
 
-def _strategies(plan: Plan, circuit: Sequence[Feature]) -> Iterator[tuple[str, Strategy]]:
-    yield "greedy", Greedy(group=plan.group, at_most=plan.at_most, rounds=plan.rounds)
+def _strategies(descent: Descent, plan: Plan, circuit: Sequence[Feature]) -> Iterator[tuple[str, Strategy]]:
+    yield "descent", descent
     yield "ranked", Ranked(n=plan.ranked)
     if circuit:
         yield "circuit", Given(features=tuple(circuit))
 
 
-def _baselines(plan: Plan, coder: CrossLayerTranscoder, beside: CrossLayerTranscoder | None) -> Iterator[Method]:
+def _baselines(descent: Descent, coder: CrossLayerTranscoder, beside: CrossLayerTranscoder | None) -> Iterator[Method]:
     if beside is not None:
-        yield Method(
-            name=BESIDE, strategy=Greedy(group=plan.group, at_most=plan.at_most, rounds=plan.rounds), coder=beside
-        )
+        yield Method(name=BESIDE, strategy=descent, coder=beside)
     yield Method(name="mean-difference", strategy=Along(direction=mean_difference), coder=coder)
     yield Method(name="probe", strategy=Along(direction=probe), coder=coder)
 
@@ -204,22 +202,18 @@ def _comparisons(kept: Outcome, others: Sequence[Outcome]) -> Iterator[Compariso
 
 def _chance(trial: Trial, coder: CrossLayerTranscoder, kept: Outcome, plan: Plan) -> dict[str, tuple[Dose, ...]]:
     """Doses of random sets at the strength of the kept edit."""
-    features, strength, seed = _features(kept), kept.strength, trial.settings.seed
-    if not (plan.sets and features and strength):
+    edits = [edit for edit in kept.edits if isinstance(edit, Intervention)]
+    strength, seed = kept.strength, trial.settings.seed
+    if not (plan.sets and edits and strength):
         return {}
-    where = kept.edits[0].where
-    sets = matched_sets(habits(trial.objective, coder, where), coder.sources, features, plan.sets, seed)
-    norms = write_norms(trial.objective, coder, features, strength, where)
+    where = edits[0].where
+    sets = matched_sets(habits(trial.objective, coder, where), coder.sources, edits, plan.sets, seed)
+    norms = write_norms(trial.objective, coder, edits, strength, where)
     directions = random_directions(norms, coder.d_model, where, plan.sets, seed)
-    alike = [ablated(some, where) for some in sets]
     return {
-        RANDOM_FEATURES: tuple(trial.chance(RANDOM_FEATURES, coder, alike, strength)),
+        RANDOM_FEATURES: tuple(trial.chance(RANDOM_FEATURES, coder, sets, strength)),
         RANDOM_DIRECTIONS: tuple(trial.chance(RANDOM_DIRECTIONS, coder, directions, 1.0)),
     }
-
-
-def _features(outcome: Outcome) -> tuple[Feature, ...]:
-    return tuple((edit.layer, edit.feature) for edit in outcome.edits if isinstance(edit, Intervention))
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ Axes: B rows, P positions, V vocabulary, S sources, F features.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -45,7 +45,7 @@ class Weighing:
     """Weight of a nat of KL beside a logit of margin."""
     cases: int = 160
     """Hallucinated mentions of captions at most; of questions half as many."""
-    clean: int = 60
+    clean: int = 200
     """Clean responses of each kind at most."""
     at_least: int = 20
     """Hallucinated decisions below which nothing can be chosen."""
@@ -103,13 +103,12 @@ class Objective:
         self.model, self.folder, self.weighing = model, folder, weighing
         self.hallucinated, self.true = cases(model, responses, weighing, without, seed)
         self.prefixes = Prefixes(model)
-        self.parts: list[_Part] = []
+        self.groups: list[list[_Part]] = []
         weights = {CAPTION: 1.0, QUESTION: weighing.questions}
         for kind, weight in weights.items():
             made = [d for d in self.hallucinated if d.response.kind == kind]
-            for some in batches(made, batch_prompts):
-                decided = as_batch(model, some, folder)
-                self.parts.append(_Mentions(decided, kind, weight, 1 / len(made), weighing.slack))
+            decided = [as_batch(model, some, folder) for some in batches(made, batch_prompts)]
+            self.groups.append([_Mentions(some, kind, weight, 1 / len(made), weighing.slack) for some in decided])
         self.collateral = Collateral(
             model,
             clean_responses(responses, weighing.clean, seed),
@@ -117,31 +116,45 @@ class Objective:
             batch_prompts=batch_prompts,
             prefixes=self.prefixes,
         )
-        self.parts += [_Clean(part, weighing.collateral) for part in self.collateral.parts]
+        self.groups.append([_Clean(part, weighing.collateral) for part in self.collateral.parts])
+
+    @property
+    def parts(self) -> list["_Part"]:
+        """Batches, over which the objective is a sum: hallucinated captions, hallucinated answers, clean responses."""
+        return [part for group in self.groups for part in group]
+
+    def drawn(self, n: int, generator: torch.Generator) -> list["_Part"]:
+        """Of each of these three n batches by lot, which stand for all of them."""
+        found = []
+        for group in self.groups:
+            order = torch.randperm(len(group), generator=generator)[:n].tolist()
+            found += [replace(group[i], times=len(group) / len(order)) for i in order]
+        return found
 
     @torch.no_grad()
-    def measure(self, under: Under) -> Terms:
-        """The objective under an edit."""
+    def measure(self, under: Under, parts: Sequence["_Part"] | None = None) -> Terms:
+        """The objective under an edit, over all parts, or over what `drawn` returns."""
         sums: dict[str, float] = {}
-        for part in self._bar():
+        for part in _bar(parts or self.parts):
             _add(sums, part.figures(self._logits(part, under)))
         return _terms(sums)
 
     def gradient(
-        self, coder: CrossLayerTranscoder, strengths: Float[Tensor, "S F"], where: Where
+        self,
+        coder: CrossLayerTranscoder,
+        strengths: Float[Tensor, "S F"],
+        where: Where,
+        parts: Sequence["_Part"] | None = None,
     ) -> tuple[Terms, Float[Tensor, "S F"]]:
-        """The objective with features turned down by these strengths, and its derivative in each of them."""
+        """The same with features turned down by these strengths, and its derivative in each of them."""
         leaf, sums = strengths.detach().clone().requires_grad_(), {}
         total = torch.zeros_like(leaf)
-        for part in self._bar():
+        for part in _bar(parts or self.parts):
             edit = Under(partial(turned_down, self.model, coder, leaf, where), (where,))
             figures = part.figures(self._logits(part, edit))
             _add(sums, figures)
             total += torch.autograd.grad(figures["value"], leaf)[0]
         return _terms(sums), total
-
-    def _bar(self) -> Iterable["_Part"]:
-        return tqdm(self.parts, unit="batch", desc="objective", disable=None, leave=False, delay=5)
 
     def _logits(self, part: "_Part", under: Under) -> Tensor:
         return self.prefixes.logits(part.batch, under, part.first)
@@ -151,7 +164,7 @@ class Collateral:
     """How far an edit moves what the model says where it says nothing wrong: KL at the tokens of clean responses.
 
     Responses of one kind and setting, and those about planted partners, are means of their own, which count alike.
-    The original's distributions are kept for all these tokens.
+    Every batch holds some of each, as far as there are enough. The original's distributions are kept for all tokens.
     """
 
     def __init__(
@@ -164,14 +177,17 @@ class Collateral:
         prefixes: Prefixes | None = None,
     ):
         self.prefixes = prefixes or Prefixes(model)
-        self.parts: list[_Reference] = []
         strata = group(responses, stratum)
-        for same in strata.values():
-            made = [_reference(model, some, folder) for some in batches(same, batch_prompts)]
-            tokens = sum(len(part.log_p) for part in made)
-            self.parts += [
-                _Reference(part.batch, part.predicts, part.log_p, 1 / (tokens * len(strata))) for part in made
-            ]
+        mixed = batches(spread(strata.values()), batch_prompts)
+        made = [_reference(model, some, folder) for some in mixed]
+        tokens = dict.fromkeys(strata, 0)
+        for some, part in zip(mixed, made, strict=True):
+            for response, n in zip(some, part.n_tokens.tolist(), strict=True):
+                tokens[stratum(response)] += n
+        self.parts = [
+            replace(part, weights=part.log_p.new_tensor([1 / (tokens[stratum(r)] * len(strata)) for r in some]))
+            for some, part in zip(mixed, made, strict=True)
+        ]
 
     @torch.no_grad()
     def kl(self, under: Under) -> float:
@@ -187,8 +203,13 @@ class _Reference:
     predicts: Bool[Tensor, "B P"]
     """True where a token of the response is predicted."""
     log_p: Float[Tensor, "N V"]
-    weight: float
-    """Of each token."""
+    weights: Float[Tensor, " B"]
+    """Of a token of each row."""
+
+    @property
+    def n_tokens(self) -> Int[Tensor, " B"]:
+        """That count, of each row."""
+        return self.predicts.sum(1)
 
     @property
     def first(self) -> Int[Tensor, " B"]:
@@ -197,7 +218,7 @@ class _Reference:
 
     def kl(self, logits: Float[Tensor, "B P V"]) -> Tensor:
         log_q = precise(logits[self.predicts]).log_softmax(-1)
-        return (self.log_p.exp() * (self.log_p - log_q)).sum() * self.weight
+        return (self.log_p.exp() * (self.log_p - log_q)).sum(1) @ self.weights.repeat_interleave(self.n_tokens)
 
 
 @dataclass(frozen=True)
@@ -210,6 +231,8 @@ class _Mentions:
     each: float
     """One over how many there are."""
     slack: float
+    times: float = 1.0
+    """How many batches this one stands for."""
 
     @property
     def batch(self) -> Batch:
@@ -221,8 +244,8 @@ class _Mentions:
 
     def figures(self, logits: Tensor) -> dict[str, Tensor]:
         margin = self.decided.margin(precise(logits))
-        undone = softplus(margin + self.slack).sum() * self.each
-        positive = (margin > 0).sum() * self.each
+        each = self.each * self.times
+        undone, positive = softplus(margin + self.slack).sum() * each, (margin > 0).sum() * each
         named = {CAPTION: ("captions", "named"), QUESTION: ("questions", "affirmed")}[self.kind]
         return {"value": self.weight * undone, named[0]: undone, named[1]: positive}
 
@@ -231,6 +254,8 @@ class _Mentions:
 class _Clean:
     reference: _Reference
     weight: float
+    times: float = 1.0
+    """How many batches this one stands for."""
 
     @property
     def batch(self) -> Batch:
@@ -241,11 +266,15 @@ class _Clean:
         return self.reference.first
 
     def figures(self, logits: Tensor) -> dict[str, Tensor]:
-        kl = self.reference.kl(logits)
+        kl = self.reference.kl(logits) * self.times
         return {"value": self.weight * kl, "kl": kl}
 
 
 _Part = _Mentions | _Clean
+
+
+def _bar(parts: Sequence[_Part]) -> Iterable[_Part]:
+    return tqdm(parts, unit="batch", desc="objective", disable=None, leave=False, delay=5)
 
 
 def cases(
@@ -301,6 +330,12 @@ def group(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any
     return groups
 
 
+def spread(groups: Iterable[Sequence[Any]]) -> list[Any]:
+    """The items of all groups, so that any stretch holds about as large a share of one group as of another."""
+    placed = [((i + 0.5) / len(same), item) for same in groups for i, item in enumerate(same)]
+    return [item for _, item in sorted(placed, key=lambda pair: pair[0])]
+
+
 def drawn(items: Sequence[Any], n: int, seed: int, id: Callable[[Any], str] = lambda r: r.id) -> list[Any]:
     """At most n items, in their order; which ones depends on their ids and the seed alone."""
 
@@ -326,7 +361,8 @@ def _reference(model: LoadedModel, responses: Sequence[Response], folder: Path) 
     predicts = torch.zeros_like(batch.response)
     predicts[:, :-1] = batch.response[:, 1:]
     logits = model.model(**batch.inputs, use_cache=False).logits
-    return _Reference(batch, predicts, precise(logits[predicts]).log_softmax(-1), 1.0)
+    log_p = precise(logits[predicts]).log_softmax(-1)
+    return _Reference(batch, predicts, log_p, log_p.new_zeros(len(responses)))
 
 
 def _add(sums: dict[str, float], figures: dict[str, Tensor]) -> None:

@@ -1,16 +1,14 @@
-"""Which features to ablate, and where: strategies behind one small protocol.
+"""Which features to turn down, and where: strategies behind one small protocol.
 
 A strategy sees the objective on the images for choosing, nothing else. What it tried stands in its path.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.hallucination.suppress.objective import Objective, Terms
@@ -45,7 +43,7 @@ class Chosen:
 
     @property
     def features(self) -> list[Feature]:
-        """Those that are ablated."""
+        """Those that are turned down."""
         return [(edit.layer, edit.feature) for edit in self.edits if isinstance(edit, Intervention)]
 
 
@@ -86,76 +84,6 @@ class Given:
         return Chosen(edits=edits, path=(step,))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Greedy:
-    """Groups of features, round by round, until none lowers the objective.
-
-    Each round takes the features whose ablation, or whose release, promises most by the gradient at the present edit.
-    They stay as they were unless the objective, measured, falls: then the next group may be twice as large, else it is
-    half as large, and that member is tried no more which the gradient at the failure would take back first. The
-    gradient of the collateral is 0 without an edit, so a first group is chosen blindly for it: later rounds may
-    release what it spoils.
-    """
-
-    where: Where = Part("text")  # noqa: RUF009
-    group: int = 8
-    """Features in the first group."""
-    at_most: int = 96
-    """Features in all."""
-    rounds: int = 40
-    """At most."""
-    patience: int = 3
-    """Features that may fail alone, one after the other, before it stops."""
-
-    def choose(self, objective: Objective, coder: CrossLayerTranscoder) -> Chosen:
-        """See `Strategy.choose`."""
-        on, size, failures = _zeros(coder), self.group, 0
-        barred = torch.zeros_like(on, dtype=torch.bool).flatten()
-        terms, gradient = objective.gradient(coder, on, self.where)
-        path = [Step(tried="nothing", terms=terms, kept=True)]
-        bar = tqdm(range(self.rounds), unit="round", desc="choose features", disable=None, leave=False)
-        for _ in bar:
-            flips = self._group(on, gradient, barred, size)
-            if not len(flips) or failures >= self.patience:
-                break
-            new = on.flatten().index_put((flips,), 1 - on.flatten()[flips]).view_as(on)
-            now, its_gradient = objective.gradient(coder, new, self.where)
-            kept = now.value < terms.value
-            path.append(Step(tried=_flipped(coder, flips, on), terms=now, kept=kept))
-            if kept:
-                on, terms, gradient, failures, size = new, now, its_gradient, 0, min(2 * len(flips), self.group)
-            else:
-                barred[flips[_gain(new, its_gradient)[flips].argmax()]] = True
-                failures, size = failures + (len(flips) == 1), max(1, len(flips) // 2)
-            bar.set_postfix(objective=f"{terms.value:.3f}", features=int(on.sum()))
-        return Chosen(edits=ablated(_features(coder, on.flatten().nonzero()[:, 0]), self.where), path=tuple(path))
-
-    def _group(self, on: Float[Tensor, "S F"], gradient: Float[Tensor, "S F"], barred: Tensor, size: int) -> Tensor:
-        """Flat indices of the features to try next; ablations only as long as there may be more."""
-        gain, room = _gain(on, gradient).masked_fill(barred, -torch.inf), self.at_most - int(on.sum())
-        values, flips = gain.topk(min(size, len(gain)))
-        flips = flips[values > 0]
-        fresh = on.flatten()[flips] == 0
-        return flips[~fresh | (fresh.cumsum(0) <= room)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Windows:
-    """What another strategy chooses, at the positions at which it lowers the objective most."""
-
-    inner: Strategy
-    windows: tuple[Where, ...]
-
-    def choose(self, objective: Objective, coder: CrossLayerTranscoder) -> Chosen:
-        """See `Strategy.choose`."""
-        found = self.inner.choose(objective, coder)
-        tried = [tuple(replace(edit, where=window) for edit in found.edits) for window in self.windows]
-        terms = [measured(objective, coder, edits) for edits in tried]
-        best = min(range(len(tried)), key=lambda i: terms[i].value)
-        steps = [Step(tried=f"at {window}", terms=terms[i], kept=i == best) for i, window in enumerate(self.windows)]
-        return Chosen(edits=tried[best], path=(*found.path, *steps))
-
-
 def ablated(features: Collection[Feature], where: Where) -> tuple[Edit, ...]:
     """Interventions that ablate features, in the order of their layers."""
     return tuple(Intervention(layer=s, feature=f, action=Ablate(), where=where) for s, f in sorted(features))
@@ -176,11 +104,6 @@ def _zeros(coder: CrossLayerTranscoder) -> Float[Tensor, "S F"]:
     return coder.b_dec.new_zeros(len(coder.sources), coder.d_transcoder)
 
 
-def _gain(on: Float[Tensor, "S F"], gradient: Float[Tensor, "S F"]) -> Float[Tensor, " K"]:
-    """By how much, to first order, the objective falls when a feature is ablated, or released where it is."""
-    return torch.where(on > 0, gradient, -gradient).flatten()
-
-
 def _largest(gain: Float[Tensor, "S F"], n: int) -> Tensor:
     """Flat indices of the n largest, of those above 0."""
     values, indices = gain.flatten().topk(min(n, gain.numel()))
@@ -189,12 +112,6 @@ def _largest(gain: Float[Tensor, "S F"], n: int) -> Tensor:
 
 def _features(coder: CrossLayerTranscoder, flat: Tensor) -> tuple[Feature, ...]:
     return tuple((coder.sources[i // coder.d_transcoder], i % coder.d_transcoder) for i in flat.tolist())
-
-
-def _flipped(coder: CrossLayerTranscoder, flips: Tensor, on: Tensor) -> str:
-    released = on.flatten()[flips] > 0
-    parts = [("ablate", flips[~released]), ("release", flips[released])]
-    return "; ".join(_listed(verb, _features(coder, flat)) for verb, flat in parts if len(flat))
 
 
 def _listed(verb: str, features: Sequence[Feature]) -> str:

@@ -7,7 +7,7 @@ active features cost, so one backward pass tells what each feature of the transc
 Axes: B prompts, P positions, N positions that are edited, L layers, D d_model, S sources, F features, A active pairs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +21,8 @@ from crosslayer.coders.writes import RunningWrites
 from crosslayer.models.hooks import adding, reading
 from crosslayer.models.load import LoadedModel
 from crosslayer.models.prompts import Batch
+from crosslayer.replacement.actions import Ablate, Action, Scale
+from crosslayer.replacement.interventions import Intervention
 from crosslayer.replacement.passes import Passes, Places
 from crosslayer.replacement.where import Where
 
@@ -52,6 +54,27 @@ def turned_down(
         yield deltas
 
 
+def as_edits(coder: CrossLayerTranscoder, strengths: Float[Tensor, "S F"], where: Where) -> tuple[Intervention, ...]:
+    """Each feature that has a strength turned down by it, to the hundredth.
+
+    What a feature with an offset writes whenever it is active goes with a strength of 1 alone.
+    """
+    hundredths = (100 * strengths).round().int()
+    return tuple(
+        Intervention(layer=coder.sources[s], feature=f, action=_turned_down(int(hundredths[s, f])), where=where)
+        for s, f in hundredths.nonzero().tolist()
+    )
+
+
+def as_strengths(coder: CrossLayerTranscoder, edits: Sequence[Intervention]) -> Float[Tensor, "S F"]:
+    """By how much each feature is turned down by edits that ablate or scale."""
+    strengths = coder.b_dec.new_zeros(len(coder.sources), coder.d_transcoder)
+    for edit in edits:
+        left = edit.action.factor if isinstance(edit.action, Scale) else 0.0
+        strengths[coder.sources.index(edit.layer), edit.feature] = 1 - left
+    return strengths
+
+
 @torch.no_grad()
 def removed(
     model: LoadedModel,
@@ -73,6 +96,10 @@ def active_at(coder: CrossLayerTranscoder, layer: int, x: Float[Tensor, "N D"]) 
         return codes
     tokens, features, values = codes.pairs()
     return SparseCodes(Pattern.from_pairs(tokens, features, codes.n_tokens, coder.d_transcoder), values)
+
+
+def _turned_down(hundredths: int) -> Action:
+    return Ablate() if hundredths == 100 else Scale((100 - hundredths) / 100)
 
 
 class _Deltas:
