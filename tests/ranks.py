@@ -5,16 +5,21 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 PRELOADED = ["crosslayer", "crosslayer.cli", "transformers.models.llama.modeling_llama"]
 """Imported once, and not by every process."""
+PATIENCE = 120.0
+"""Seconds that no process of `two` lasts."""
 
 
 class Ranks:
@@ -22,9 +27,7 @@ class Ranks:
 
     def __init__(self):
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(
-            ["crosslayer", "transformers.models.llama.modeling_llama"]
-        )  # imported once, and not by every process
+        self.context.set_forkserver_preload(PRELOADED)
         self.workers: list[tuple[Any, Any]] = []
 
     def run(self, n: int, function: Callable, *args: Any) -> list[Any]:
@@ -54,6 +57,35 @@ class Ranks:
             pipe.close()
             process.join(20)
             process.close()
+
+
+def two(function: Callable, *args: Any) -> list[int | None]:
+    """Exit codes of two processes that call `function(*args)` and meet by address, as nobody restarts them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    shared = (of_two(), function, args)
+    processes = [context.Process(target=become, args=(str(rank), *shared), daemon=True) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(PATIENCE)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def of_two() -> dict[str, str]:
+    """What one of two processes finds in its environment, but for its rank."""
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+
+def become(rank: str, meeting: dict[str, str], function: Callable, args: tuple) -> None:
+    """Be one of `two`."""
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # one shared between processes would outlive a killed one
+    os.environ |= {"RANK": rank, **meeting}
+    function(*args)
 
 
 def serve(pipe: Any, tests: str) -> None:

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import torch
 from scipy.sparse import csr_array
 
-from crosslayer import UserError, Wiring, cli
+from crosslayer import UserError, Wiring
 from crosslayer.hallucination.causes import causes
 from crosslayer.hallucination.comparing import Compared, compared
 from crosslayer.hallucination.contrast import contrast
@@ -30,6 +29,7 @@ from crosslayer.models.prompts import prepare
 from crosslayer.replacement.local import trace
 from crosslayer.zoo.emoji_llava.world import render, scenes
 from making import array, finished_coder
+from test_together import command, files
 
 TEXTS = ("a dog and a bone .", "a star , a dog and a bone .", "a bone .")
 SETTINGS = ContrastSettings(at_least=3, traced=6, resamples=40, top=5, rows=12, examples=2, near=3)
@@ -261,29 +261,31 @@ def test_settings_out_of_range_are_refused():
         ContrastSettings(alpha=1.0)
 
 
-def test_the_verb_writes_table_csv_and_page(llava_folder, said, coder, tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def asked(llava_folder, said, coder, tmp_path_factory) -> list[str]:
+    """The verb, without its output folder."""
     write_responses(said[1] / "responses.jsonl", said[0])
-    coder.save(tmp_path / "run")
-    words = ["hallucination", "contrast", str(tmp_path / "run"), str(said[1]), "--out", str(tmp_path / "out")]
-    words += [
-        "--model",
-        str(llava_folder),
-        "--at-least",
-        "3",
-        "--resamples",
-        "20",
-        "--examples",
-        "1",
-        "--top",
-        "3",
-        "--traced",
-        "3",
-    ]
-    monkeypatch.setattr(sys, "argv", ["crosslayer", *words])
-    cli.main()
-    assert "hallucinated mentions (h) compared with" in capsys.readouterr().out
-    assert read_contrast(tmp_path / "out" / "contrast.json").run == str(tmp_path / "run")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"contrast.json", "contrast.csv", "contrast.html"}
-    with pytest.raises(SystemExit, match="2"):
-        cli.main()
-    assert "already exists; choose another folder or add --overwrite" in capsys.readouterr().err
+    run = tmp_path_factory.mktemp("run") / "clt"
+    coder.save(run)
+    small = {"at-least": 3, "resamples": 20, "examples": 1, "top": 3, "traced": 3, "batch-prompts": 4}
+    options = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    return ["hallucination", "contrast", str(run), str(said[1]), "--model", str(llava_folder), *options, "--out"]
+
+
+def test_the_verb_writes_table_csv_and_page(asked, tmp_path):
+    code, out, _ = command(*asked, str(tmp_path))
+    assert code == 0
+    assert "hallucinated mentions (h) compared with" in out
+    assert read_contrast(tmp_path / "contrast.json").run == asked[2]
+    assert files(tmp_path).keys() == {"contrast.json", "contrast.csv", "contrast.html"}
+    code, _, err = command(*asked, str(tmp_path))
+    assert code == 2
+    assert "already exists; choose another folder or add --overwrite" in err
+
+
+def test_many_write_what_one_writes(ranks, asked, tmp_path):
+    code, out, _ = command(*asked, str(tmp_path / "one"))
+    (first_code, first, _), *others = ranks.run(2, command, *asked, str(tmp_path / "many"))
+    assert (code, first_code, first) == (0, 0, out.replace(str(tmp_path / "one"), str(tmp_path / "many")))
+    assert others == [(0, "", "")]
+    assert files(tmp_path / "many") == files(tmp_path / "one")

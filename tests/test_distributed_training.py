@@ -1,6 +1,7 @@
 """Ranks train from end to end: the run of one process, resumed on any number of ranks, and what is refused."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from crosslayer import (
     KL,
     Adam8bit,
+    AdamW,
     AuxK,
     BatchTopK,
     CrossLayerTranscoder,
@@ -20,21 +22,27 @@ from crosslayer import (
     JointTopK,
     JumpReLU,
     Muon,
+    Store,
     TrainConfig,
     UserError,
     Wiring,
+    capture,
     load_model,
     train,
+    train_from_store,
 )
 from crosslayer.activations.capture import ModelSource, capture_all
-from crosslayer.distributed.alike import check_alike
+from crosslayer.distributed.checkpoint import read_header
 from crosslayer.distributed.group import team_of
+from crosslayer.distributed.handover import hand_over
 from crosslayer.distributed.mesh import join
 from crosslayer.distributed.model import spread
 from crosslayer.distributed.sharding import check_shares
+from crosslayer.distributed.state import CHECKPOINT
 from crosslayer.models.prompts import prepare
+from crosslayer.team import check_alike, tell
 from crosslayer.training.fit import Interrupted
-from crosslayer.training.state import METRICS
+from crosslayer.training.state import METRICS, STATE, read_state_header
 from crosslayer.training.trainer import Trainer
 from making import text_examples
 
@@ -47,16 +55,16 @@ def config(**settings: Any) -> TrainConfig:
 def trained(
     model: str, run: str, n_feature: int, settings: dict[str, Any], stop_after: int = 0, shard_model: bool = False
 ) -> str:
-    """Train on the ranks that there are; the last of them gets a signal in its n-th step."""
-    mesh = join(n_feature)
+    """Train on the ranks that there are, or, with 0 feature ranks, alone; the last gets a signal in its n-th step."""
+    mesh = join(n_feature) if n_feature else None
     step = Trainer.step
 
     def struck(self: Trainer, batch: Any) -> Any:
-        if self.step_number + 1 == stop_after and mesh.rank == mesh.size - 1:
+        if self.step_number + 1 == stop_after and (mesh is None or mesh.rank == mesh.size - 1):
             signal.raise_signal(signal.SIGTERM)
         return step(self, batch)
 
-    resume = (Path(run) / "checkpoint").exists()
+    resume = any((Path(run) / name).exists() for name in ("checkpoint", STATE))
     try:
         with patch.object(Trainer, "step", struck):
             data, how = text_examples(40), {"resume": resume, "mesh": mesh, "shard_model": shard_model}
@@ -99,6 +107,53 @@ def test_a_signal_to_one_rank_stops_all_and_other_ranks_go_on(ranks, llama_folde
     assert_same_run(tmp_path / "many", tmp_path / "one")
 
 
+@pytest.mark.parametrize(("n_feature", "settings"), [(1, {"optimizer": Muon()}), (2, {"optimizer": AdamW()})])
+def test_a_training_goes_on_from_one_process_to_several_and_back(ranks, llama_folder, tmp_path, n_feature, settings):
+    train(load_model(llama_folder), text_examples(40), config(**settings), tmp_path / "one")
+    model, run = str(llama_folder), str(tmp_path / "many")
+    stops = [trained(model, run, 0, settings, 3), *ranks.run(2, trained, model, run, n_feature, settings, 6)]
+    assert all(stop.startswith("stopped after") for stop in stops)
+    assert trained(model, run, 0, settings) == ""
+    assert_same_run(tmp_path / "many", tmp_path / "one")
+
+
+def step_handed_over(run: Path) -> int:
+    hand_over(run, join(2))
+    assert not (run / STATE).exists()
+    return read_header(run / CHECKPOINT)["counters"]["step_number"]
+
+
+@pytest.mark.parametrize("newer", ["one", "many"])
+def test_of_two_states_that_of_more_steps_counts(ranks, llama_folder, tmp_path, newer):
+    """Both lie there when an end comes between the writing of one and the removal of the other."""
+    model, run = str(llama_folder), tmp_path / "run"
+    trained(model, str(run), 0, {}, 6 if newer == "one" else 3)
+    ranks.run(2, trained, model, str(tmp_path / "many"), 2, {}, 3 if newer == "one" else 6)
+    shutil.copytree(tmp_path / "many" / CHECKPOINT, run / CHECKPOINT)
+    again = shutil.copytree(run, tmp_path / "again")
+    assert ranks.run(2, step_handed_over, run) == [6, 6]
+    hand_over(again, None)
+    assert read_state_header(again / STATE)["counters"]["step_number"] == 6
+    assert not (again / CHECKPOINT).exists()
+
+
+def from_store(store: Path, run: Path, n_feature: int, start: Path | None, settings: dict[str, Any]) -> None:
+    """Train from a store, or finetune on it, on the ranks that there are or, with 0 feature ranks, alone."""
+    mesh = join(n_feature) if n_feature else None
+    train_from_store(Store(store), config(**settings), run, start=start, mesh=mesh)
+
+
+@pytest.mark.parametrize(("n_feature", "tuned"), [(1, None), (2, None), (2, BatchTopK(4))])
+def test_ranks_train_from_a_store_and_finetune_as_one_process_does(ranks, llama_folder, tmp_path, n_feature, tuned):
+    store, first = tmp_path / "store", tmp_path / "one"
+    capture(load_model(llama_folder), text_examples(120), store, dtype="fp32", seed=1)
+    for run, *how in ((first, None, {}), (tmp_path / "tuned", first, {"sparsity": tuned})):
+        from_store(store, run, 0, *how)
+        many = run.with_name(f"{run.name}-many")
+        ranks.run(2, from_store, store, many, n_feature, *how)
+        assert_same_run(many, run)
+
+
 def spread_model(folder: str) -> tuple[int, int, bool, list[int]]:
     """Numbers that a rank holds of a model and of all of it; whether it gives the same; tokens of two chunks."""
     mesh, model, data = join(), load_model(folder), text_examples(40)
@@ -138,7 +193,7 @@ def different() -> list[str]:
         {"the data": {"n": 3, "seed": group.rank // 2}},
     ):
         try:
-            check_alike(group, facts)
+            check_alike(tell(group, facts))
         except UserError as error:
             messages.append(str(error))
     return messages

@@ -32,7 +32,7 @@ FLOORS = (
     {"models"},
     {"data"},
     {"zoo"},
-    {"distributed.crew", "distributed.results", "distributed.joining", "distributed.meeting"},
+    {f"distributed.{name}" for name in ("crew", "joining", "meeting", "mesh", "results")},
     {"wiring", "metrics", "files", "mapped", "memory", "variants", "team", "errors", "drawing"},
 )
 """From top to bottom: a module imports from its own floor and from those below. A file of a package that stands

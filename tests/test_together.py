@@ -9,18 +9,13 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache, partial
 from itertools import count
-from multiprocessing import get_context
 from pathlib import Path
-from socket import socket
 
 import pytest
-import torch
-from tqdm import tqdm
 
 from crosslayer import Wiring, cli
 from crosslayer.activations import to_store
@@ -29,6 +24,7 @@ from crosslayer.coders.transcoder import Provenance
 from crosslayer.distributed.crew import Crew
 from crosslayer.distributed.joining import joined
 from making import finished_coder
+from ranks import two
 
 WORDS = ("cat", "dog", "bus", "star", "banana", "apple", "bird")
 SMALL = {"chunk_prompts": 5, "batch_prompts": 2}
@@ -43,8 +39,6 @@ CALLS = {
     "evaluate": ("evaluate", "{run}", "{asked}", "--json", "{}/figures.json"),
     "aggregate": AGGREGATE,
 }
-PATIENCE = 120.0
-"""Seconds that no process lasts."""
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +103,7 @@ def test_an_error_is_said_once(ranks, call, tmp_path):
     assert "".join(err for *_, err in found).count("already exists") == 1
 
 
-@pytest.mark.parametrize("verb", [("inspect", "MODEL"), ("hallucination", "contrast", "RUN")])
+@pytest.mark.parametrize("verb", [("inspect", "MODEL"), ("hallucination", "suppress", "RUN")])
 def test_verbs_for_one_are_refused_to_many(ranks, verb):
     found = ranks.run(2, command, *verb)
     assert [code for code, *_ in found] == [2, 2]
@@ -123,19 +117,16 @@ def otherwise(*args: str) -> tuple[int, str, str]:
 def test_ranks_that_were_told_otherwise_say_so(ranks, call, tmp_path):
     found = ranks.run(2, otherwise, *call("respond", tmp_path))
     assert [code for code, *_ in found] == [2, 2]
-    assert "rank 1 has command = " in "".join(err for *_, err in found)
+    assert "rank 1 has another command than rank 0: ['respond'" in "".join(err for *_, err in found)
     assert list(tmp_path.iterdir()) == []
 
 
-def live(rank: int, port: int, dies: tuple[int | None, int], sign: Path, args: list[str]) -> None:
+def live(dies: tuple[int | None, int], sign: Path, args: list[str]) -> None:
     """Share a command line as one of two, each of which is killed when it holds the piece of this number of its own.
 
     Rank 0 makes none before rank 1 is about to die.
     """
-    torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # one shared between processes would outlive a killed one
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    share, own = Crew.map, count()
+    rank, share, own = int(os.environ["RANK"]), Crew.map, count()
 
     def mapped(self, make, n=sys.maxsize):
         def mortal(i):
@@ -154,22 +145,6 @@ def live(rank: int, port: int, dies: tuple[int | None, int], sign: Path, args: l
     sys.exit(code)
 
 
-def lives(dies: tuple[int | None, int], args: list[str], folder: Path) -> list[int | None]:
-    """Exit codes of two ranks of a command line; see `live`."""
-    with socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = get_context("forkserver")
-    shared = (port, dies, folder / "1", args)
-    processes = [context.Process(target=live, args=(rank, *shared), daemon=True) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(PATIENCE)
-        process.kill()
-    return [process.exitcode for process in processes]
-
-
 @pytest.fixture(scope="module")
 def left(call, tmp_path_factory):
     """What two ranks leave that are both killed, by name of the call."""
@@ -178,7 +153,7 @@ def left(call, tmp_path_factory):
     def folder(name: str) -> Path:
         home = tmp_path_factory.mktemp(f"{name}-left")
         (home / "out").mkdir()
-        assert lives((2, 1), call(name, home / "out"), home) == [-signal.SIGKILL] * 2
+        assert two(live, (2, 1), home / "1", call(name, home / "out")) == [-signal.SIGKILL] * 2
         return home / "out"
 
     return folder
@@ -187,7 +162,7 @@ def left(call, tmp_path_factory):
 def test_the_work_of_a_dead_rank_is_taken_up(call, alone, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    assert lives((None, 0), call("respond", out), tmp_path) == [0, -signal.SIGKILL]
+    assert two(live, (None, 0), tmp_path / "1", call("respond", out)) == [0, -signal.SIGKILL]
     assert files(out) == files(alone("respond")[1])
 
 

@@ -4,6 +4,9 @@ import os
 
 # Idle OpenMP threads sleep instead of spinning: beside another busy process, spinning made a capture 12 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A rank that is lost is told of in a line of ours; torch, which reads this once, would log pages of its own frames.
+if "RANK" in os.environ:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 from crosslayer.activations.store import Store
 from crosslayer.activations.to_store import capture_to_store as capture

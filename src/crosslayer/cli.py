@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from contextlib import ExitStack
 from importlib.metadata import version
 
@@ -9,9 +10,11 @@ import huggingface_hub
 import torch
 import transformers
 import tyro
+from torch.distributed import DistError
 
 from crosslayer.distributed.crew import Crew
 from crosslayer.distributed.joining import crew, joined, quiet
+from crosslayer.distributed.mesh import hearing
 from crosslayer.eleuther_options import translate
 from crosslayer.errors import UserError
 from crosslayer.team import LostError
@@ -38,7 +41,8 @@ VERBS = {
     "import": import_,
     "export": export,
 }
-SHARED = ("aggregate", "capture", "evaluate", "respond", "hallucination score", "hallucination circuits")
+SHARED = ("aggregate", "capture", "evaluate", "respond")
+SHARED += ("hallucination score", "hallucination contrast", "hallucination circuits")
 """Verbs that torchrun's processes share."""
 AGGREGATE = "--aggregate"
 """Makes `graph` the verb `aggregate`: the same for a data set, with options of its own."""
@@ -63,6 +67,8 @@ def main() -> None:
         except UserError as error:
             _stop(error, debug, 2, crew().stop(str(error)))
         except LostError as error:
+            if debug:
+                traceback.print_exc()
             print(f"crosslayer: {error}", file=sys.stderr, flush=True)
             os._exit(1)  # an orderly end would wait for the lost one
         except KeyboardInterrupt as stop:
@@ -77,11 +83,12 @@ def _call(args: list[str]) -> None:
 
 def _share(args: list[str], crew: Crew) -> None:
     """Call a verb on all processes that torchrun started."""
-    crew.agree(lambda: {"command": args, "versions": [version("crosslayer"), torch.__version__]})
-    if not crew.alone and not " ".join(args[:2]).startswith((*SHARED, "-h", "--help")):
-        raise UserError(f"{' '.join(args[:2])}: is work for one process; start it without torchrun")
-    with quiet(crew):
-        _call(args)
+    with hearing((DistError,)):  # of the store, which rank 0 keeps where torchrun does not
+        crew.agree(lambda: {"command": args, "versions": [version("crosslayer"), torch.__version__]})
+        if not crew.alone and not " ".join(args[:2]).startswith((*SHARED, "-h", "--help")):
+            raise UserError(f"{' '.join(args[:2])}: is work for one process; start it without torchrun")
+        with quiet(crew):
+            _call(args)
 
 
 _DESCRIPTION = (

@@ -4,7 +4,7 @@ A process alone is a team of one, for which all of this is the identity; `crossl
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -165,8 +165,35 @@ def agree(group: Group, error: UserError | None) -> None:
             raise error if error is not None and rank == group.rank else UserError(text)
 
 
+def check_alike(facts: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse processes that were given different things.
+
+    Args:
+        facts: of each process, by rank: JSON values by what to call them.
+
+    Raises:
+        UserError: naming what differs, on the first rank where it does.
+    """
+    first, *others = facts
+    for rank, found in enumerate(others, 1):
+        for name, value in found.items():
+            if value != first.get(name):
+                raise UserError(
+                    f"rank {rank} has another {name.removeprefix('the ')} than rank 0{_shown(value, first.get(name))}"
+                )
+
+
 def tell(group: Group, value: Any) -> list[Any]:
     """What each process of a group has to say, by rank: JSON values; empty ones cost a single small message."""
     text = json.dumps(value).encode() if value else b""
     heard = group.gather(torch.tensor(list(text), dtype=torch.uint8))
     return [json.loads(bytes(words.tolist())) if len(words) else type(value)() for words in heard]
+
+
+def _shown(value: Any, wanted: Any) -> str:
+    """The two values; of records, those of the first entry that differs."""
+    name = ""
+    if isinstance(value, dict) and isinstance(wanted, dict):
+        entry = min(name for name in value | wanted if value.get(name) != wanted.get(name))
+        name, value, wanted = f"{entry} is ", value.get(entry), wanted.get(entry)
+    return f": {name}{value}, not {wanted}; give all ranks the same"

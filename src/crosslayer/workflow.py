@@ -16,9 +16,10 @@ from crosslayer.coders.checkpoint import CONFIG, INDEX, is_run
 from crosslayer.coders.transcoder import CrossLayerTranscoder, Provenance
 from crosslayer.data.examples import Example, Examples
 from crosslayer.data.skipped import SKIPPED
-from crosslayer.distributed.alike import check_alike, digest_of_examples, digest_of_weights, versions
+from crosslayer.distributed.alike import digest_of_examples, digest_of_weights, versions
 from crosslayer.distributed.checkpoint import has_checkpoint, remove
 from crosslayer.distributed.group import team_of
+from crosslayer.distributed.handover import hand_over
 from crosslayer.distributed.mesh import Mesh
 from crosslayer.distributed.model import spread
 from crosslayer.distributed.sharding import check_shares, parallelise
@@ -28,7 +29,7 @@ from crosslayer.files import check_folder, claim_folder, read_json
 from crosslayer.models.load import LoadedModel
 from crosslayer.replacement.end_to_end import EndToEnd
 from crosslayer.replacement.model import ReplacementModel, check_match
-from crosslayer.team import ALONE, Team, together
+from crosslayer.team import ALONE, Team, check_alike, tell, together
 from crosslayer.training.config import TrainConfig
 from crosslayer.training.fit import fit
 from crosslayer.training.losses import FVU, KL, CrossEntropy
@@ -162,6 +163,7 @@ def _run(
     context["start"] = None if start is None else str(start)
     states = StateFile(run, context) if job.mesh is None else ShardedState(run, context, job.mesh)
     if resume:
+        hand_over(run, job.mesh)
         kept = states.load(config, source.device)
         trainer = _trainer(job, config, kept.scales, start).restore(kept.tensors, kept.counters)
         place = kept.place
@@ -227,7 +229,7 @@ def _check_alike(job: _Job, config: TrainConfig) -> None:
     facts |= {f"{name} of the data": value for name, value in job.context.items()}
     if job.model is not None and job.data is not None:
         facts |= {"the first examples": digest_of_examples(job.data), "the model": digest_of_weights(job.model.model)}
-    check_alike(job.team.everyone, facts)
+    check_alike(tell(job.team.everyone, facts))
 
 
 def _batches(source: ModelSource | StoreSource, config: TrainConfig, place: Place) -> Iterator[StreamBatch]:

@@ -15,6 +15,7 @@ from crosslayer.activations.record import Activations
 from crosslayer.data.examples import Example, Examples, apart
 from crosslayer.data.skipped import Apart
 from crosslayer.distributed.crew import Crew
+from crosslayer.distributed.mesh import hearing
 from crosslayer.errors import UserError
 from crosslayer.models.hooks import recording
 from crosslayer.models.load import LoadedModel
@@ -155,10 +156,23 @@ class ModelSource:
 
         Examples that turn out to be bad are left out; a batch of nothing else is empty.
         """
-        for batch, numbers in one_ahead(self._prepared, batches):
-            if batch is None and self.in_step:
-                _captured(self.model, *self._some_good, self.model.model.dtype)
-            yield _captured(self.model, batch, numbers, dtype or self.model.model.dtype)
+        everyone = self.team.everyone if self.in_step else ALONE.everyone
+        prepared = one_ahead(self._prepared, batches)
+        while True:
+            following = None
+            with together(everyone):  # one that has none would leave the others waiting inside of the model
+                following = next(prepared, None)
+            if following is None:
+                return
+            yield self._captured(*following, dtype or self.model.model.dtype)
+
+    def _captured(self, batch: Batch | None, numbers: list[int], dtype: torch.dtype) -> Activations:
+        if not self.in_step:
+            return _captured(self.model, batch, numbers, dtype)
+        with hearing():
+            if batch is None:
+                _captured(self.model, *self._some_good, dtype)
+            return _captured(self.model, batch, numbers, dtype)
 
     def prompts(self, start: int, n: int) -> list[Example]:
         """This process's share of n examples visited from number `start` on, counted over epochs, without bad ones."""

@@ -5,10 +5,11 @@ an earlier one left behind can mislead nobody, and no clock is compared with ano
 costs time and changes nothing.
 """
 
+import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -17,6 +18,7 @@ from torch.distributed import Store  # pyright: ignore
 
 from crosslayer.distributed.results import Result, decode, encode
 from crosslayer.errors import UserError
+from crosslayer.team import check_alike
 
 PATIENCE = 60.0
 """Seconds after which a piece that somebody else has begun is made again by whoever has nothing left to do ..."""
@@ -95,28 +97,17 @@ class Crew:
             self._publish(key, lambda _: {"value": function()}, 0)
         return self._take(key)["value"]
 
-    def agree(self, facts: Callable[[], Result]) -> None:
-        """Make sure that all ranks are at work on the same: that `facts` gives the same on all of them.
+    def agree(self, facts: Callable[[], Mapping[str, Any]]) -> None:
+        """Make sure that all ranks are at work on the same: that `facts`, JSON values, are the same on all of them.
 
         Raises:
-            UserError: naming the first rank that has something else than rank 0, and both.
+            UserError: as `check_alike` does, on every rank.
         """
         if self.alone:
             return
         call = next(self._calls)
-        self._set(f"{call}/{self.rank}", encode(facts()))
-
-        def compare() -> None:
-            ours, *others = (decode(self._get(f"{call}/{rank}")) for rank in range(self.size))
-            for rank, theirs in enumerate(others, 1):
-                for name in ours:
-                    if theirs[name] != ours[name]:
-                        raise UserError(
-                            f"rank {rank} has {name} = {theirs[name]}, rank 0 has {ours[name]}; start all ranks with "
-                            "the same command, versions and data"
-                        )
-
-        self.first(compare)
+        self._set(f"{call}/{self.rank}", json.dumps(facts()).encode())
+        self.first(lambda: check_alike([json.loads(self._get(f"{call}/{rank}")) for rank in range(self.size)]))
 
     def dismiss(self) -> None:
         """End all processes but rank 0, which writes down what came out.

@@ -23,7 +23,7 @@ from crosslayer.coders.checkpoint import complete_run, plan_files
 from crosslayer.distributed.group import RankGroup
 from crosslayer.errors import UserError
 from crosslayer.files import UNFINISHED, sync
-from crosslayer.team import shares
+from crosslayer.team import ALONE, shares, together
 
 DTYPES = {
     torch.bool: "BOOL",
@@ -176,16 +176,10 @@ def _together(path: Path) -> Iterator[None]:
     Raises:
         UserError: for that.
     """
-    problem = None
-    try:
-        yield
-    except UserError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{path}: cannot write ({error.strerror}); free some room or choose another folder"
-    problems = [problem]
-    if dist.is_initialized():
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    if found := [problem for problem in problems if problem]:
-        raise UserError(found[0])
+    with together(RankGroup(dist.group.WORLD) if dist.is_initialized() else ALONE.everyone):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot write ({error.strerror}); free some room or choose another folder"
+            ) from error

@@ -1,6 +1,7 @@
 """Where a process stands among the others: a mesh of data x feature ranks, started by torchrun."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ DATA, FEATURE = "data", "feature"
 """Axes of the mesh: prompts are spread over the first, the features of every layer over the second."""
 TIMEOUT = 600.0
 """Seconds that a rank waits for another one before it gives up."""
+ERRORS = (RuntimeError, ValueError, CheckpointException)
+"""What torch.distributed raises when it fails."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def _start(backend: str, size: int, timeout: float) -> None:
 
 
 @contextmanager
-def hearing() -> Iterator[None]:
+def hearing(errors: tuple[type[BaseException], ...] = ERRORS) -> Iterator[None]:
     """Say in our words what torch.distributed raises when another process is gone.
 
     Raises:
@@ -129,10 +132,10 @@ def hearing() -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
+    except (UserError, LostError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, ValueError, CheckpointException) as error:
-        reason = str(error).splitlines()[0]
+    except errors as error:
+        reason = re.sub(r"^\[\S+\] ", "", str(error)).splitlines()[0].partition(". ")[0]  # without torch's advice
         raise LostError(
             f"rank {os.environ['RANK']}: another rank ended or did not answer in time ({reason}); look for its own "
             "message, then start the same command with --resume, or let torchrun do so with --max-restarts"

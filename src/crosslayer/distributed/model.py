@@ -4,7 +4,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from crosslayer.distributed.mesh import Mesh
+from crosslayer.distributed.mesh import Mesh, hearing
 from crosslayer.models.load import LoadedModel
 
 
@@ -15,10 +15,11 @@ def spread(model: LoadedModel, mesh: Mesh) -> None:
     """
     if isinstance(model.body, FSDPModule):
         return
-    ranks = init_device_mesh(mesh.devices.device_type, (mesh.size,))
-    for block in _blocks(model):
-        fully_shard(block, mesh=ranks)
-    fully_shard(model.body, mesh=ranks)
+    with hearing():
+        ranks = init_device_mesh(mesh.devices.device_type, (mesh.size,))
+        for block in _blocks(model):
+            fully_shard(block, mesh=ranks)
+        fully_shard(model.body, mesh=ranks)
 
 
 def _blocks(model: LoadedModel) -> list[nn.Module]:

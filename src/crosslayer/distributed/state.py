@@ -49,7 +49,8 @@ class ShardedState:
                 sweep(self.run)
                 truncate_log(self.run, header)
         axes = header["axes"]
-        saved = load(self.run / CHECKPOINT, lambda name, shape, kind: self._empty(axes.get(name), shape, kind))
+        with hearing():
+            saved = load(self.run / CHECKPOINT, lambda name, shape, kind: self._empty(axes.get(name), shape, kind))
         tensors = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in saved.tensors.items()}
         return kept({name: tensor.to(device) for name, tensor in tensors.items()}, header)
 
@@ -58,10 +59,10 @@ class ShardedState:
         if self._saving is None:
             with hearing():
                 self._saving = Checkpointer(self.run / CHECKPOINT, timedelta(seconds=self.mesh.timeout))
-        tensors, axes = trainer.state()[0], _axes(trainer)
-        spread = {name: spread_over(self.mesh, tensor, axes.get(name)) for name, tensor in tensors.items()}
+        tensors, header = trainer.state()[0], header_of(trainer, place, self.context)
+        spread = {name: spread_over(self.mesh, tensor, header["axes"].get(name)) for name, tensor in tensors.items()}
         with hearing():
-            self._saving.save(spread, {**header_of(trainer, place, self.context), "axes": axes})
+            self._saving.save(spread, header)
 
     def close(self) -> None:
         """See `States.close`."""
@@ -78,7 +79,7 @@ class ShardedState:
 
     def _header(self, config: TrainConfig) -> dict[str, Any]:
         if not has_checkpoint(self.run / CHECKPOINT):
-            found = "is finished already" if (self.run / CONFIG).is_file() else "holds no checkpoint of several ranks"
+            found = "is finished already" if (self.run / CONFIG).is_file() else "holds no state to resume from"
             raise UserError(f"{self.run}: {found}; start without --resume")
         header = read_header(self.run / CHECKPOINT)
         check_same(header, config, self.context, self.run)
@@ -102,14 +103,3 @@ def spread_over(mesh: Mesh, own: Tensor, axis: int | None) -> Tensor:
         return own
     kinds = (Replicate(), Shard(axis % own.dim()))
     return DTensor.from_local(own.contiguous(), mesh.devices, kinds, run_check=False)
-
-
-def _axes(trainer: Trainer) -> dict[str, int]:
-    """The axis along which tensors of a state are shared: those of the coder, their moments, and densities."""
-    coder, tensors = trainer.coder, trainer.state()[0]
-    axes = {name: axis_of(coder.sharing, name) for name in tensors if name.startswith("coder.")}
-    axis_by_id = {id(p): axis_of(coder.sharing, name) for name, p in coder.named_parameters()}
-    for number, optimizer in enumerate(trainer.optimizers):
-        for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            axes |= {f"optimizer.{number}.{index}.{key}": axis_by_id[id(p)] for key in ("exp_avg", "exp_avg_sq")}
-    return {name: axis for name, axis in (axes | {"density": -1}).items() if name in tensors and axis is not None}

@@ -22,6 +22,8 @@ from tqdm import tqdm
 from crosslayer.attribution.parts import split
 from crosslayer.attribution.rows import rows_of
 from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.distributed.crew import ALONE, Crew
+from crosslayer.distributed.results import Result
 from crosslayer.hallucination.decisions import Decided, Decision, as_batch
 from crosslayer.models.load import LoadedModel
 from crosslayer.replacement.local import trace
@@ -44,7 +46,9 @@ class Causes:
         return (self.text + self.image).tocsr()
 
 
-def causes(model: LoadedModel, coder: CrossLayerTranscoder, made: Sequence[Decision], folder: Path) -> Causes:
+def causes(
+    model: LoadedModel, coder: CrossLayerTranscoder, made: Sequence[Decision], folder: Path, crew: Crew = ALONE
+) -> Causes:
     """The attribution of every feature to the margin of every decision, one prompt traced after the other.
 
     Args:
@@ -52,17 +56,19 @@ def causes(model: LoadedModel, coder: CrossLayerTranscoder, made: Sequence[Decis
         coder: its transcoder.
         made: the decisions.
         folder: that of the responses' file.
+        crew: the processes that share the work.
 
     Raises:
         UserError: for a model that cannot be traced, or a transcoder whose features have no writes of their own.
     """
-    bar = tqdm(made, unit="decision", desc="trace", disable=None, leave=False)
-    rows = [_row(model, coder, as_batch(model, [decision], folder)) for decision in bar]
-    text, image, margin = zip(*rows, strict=True)
-    return Causes(csr_array(vstack(text)), csr_array(vstack(image)), np.array(margin))
+    found = crew.map(lambda i: _row(model, coder, as_batch(model, [made[i]], folder)), len(made))
+    rows = list(tqdm(found, total=len(made), unit="decision", desc="trace", disable=None, leave=False))
+    text, image = (csr_array(vstack([row[name] for row in rows])) for name in ("text", "image"))
+    return Causes(text, image, np.array([row["margin"] for row in rows]))
 
 
-def _row(model: LoadedModel, coder: CrossLayerTranscoder, decided: Decided) -> tuple[csr_array, csr_array, float]:
+def _row(model: LoadedModel, coder: CrossLayerTranscoder, decided: Decided) -> Result:
+    """The row of `Causes` of one decision."""
     local = trace(model, coder, decided.batch)
     parts = split(local, coder, decided.batch.position[0] == 0)
     place = int(decided.position[0])
@@ -73,7 +79,7 @@ def _row(model: LoadedModel, coder: CrossLayerTranscoder, decided: Decided) -> t
     value, column, of_image = (part.cpu().numpy() for part in (found.features[0], columns, seen))
     width = len(coder.sources) * coder.d_transcoder
     text, image = (_summed(value[part], column[part], width) for part in (~of_image, of_image))
-    return text, image, decided.margin(local.logits.detach()).item()
+    return {"text": text, "image": image, "margin": decided.margin(local.logits.detach()).item()}
 
 
 def _direction(decided: Decided, logits: Float[Tensor, "1 P V"]) -> Float[Tensor, "1 P V"]:

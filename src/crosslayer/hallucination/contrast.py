@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.distributed.crew import ALONE, Crew
 from crosslayer.hallucination.beside import beside as look_beside
 from crosslayer.hallucination.beside import best_match
 from crosslayer.hallucination.comparing import Compared, compared
@@ -41,6 +42,7 @@ def contrast(
     run: str = "",
     without: Without | None = None,
     beside: Mapping[str, CrossLayerTranscoder] | None = None,
+    crew: Crew = ALONE,
 ) -> Contrast:
     """The table of features of one run.
 
@@ -53,6 +55,7 @@ def contrast(
         run: where the transcoder comes from, for the record.
         without: tells what a caption would be without a mention, where that is known; see `decisions`.
         beside: other runs of the same model, by name, to look for the same features in.
+        crew: the processes that share the passes of the model; all of them have the table.
 
     Raises:
         UserError: for a run of another model, labels that do not fit the responses, or too few of them.
@@ -63,9 +66,9 @@ def contrast(
     found = compared(
         model, responses, about=s.about, near=s.near, at_least=s.at_least, split_seed=s.split_seed, without=without
     )
-    ours, *theirs = [rank(model, each, found, folder, s) for each in (coder, *runs.values())]
+    ours, *theirs = [rank(model, each, found, folder, s, crew) for each in (coder, *runs.values())]
     others = dict(zip(runs, theirs, strict=True))
-    table = _with_examples(model, coder, found, _features(ours, coder, s, others), folder, s)
+    table = _with_examples(model, coder, found, _features(ours, coder, s, others), folder, s, crew)
     return Contrast(
         model=model.id,
         run=run,
@@ -100,13 +103,15 @@ def _with_examples(
     table: list[Feature],
     folder: Path,
     s: ContrastSettings,
+    crew: Crew,
 ) -> list[Feature]:
     """The table with examples of its top."""
     if not s.examples:
         return table
     top, rest = table[: s.top], table[s.top :]
     places = [(coder.sources.index(feature.layer), feature.feature) for feature in top]
-    shown = top_examples(model, coder, _responses(found), places, folder, n=s.examples, batch_prompts=s.batch_prompts)
+    how = {"n": s.examples, "batch_prompts": s.batch_prompts, "crew": crew}
+    shown = top_examples(model, coder, _responses(found), places, folder, **how)
     return [*(replace(feature, examples=some) for feature, some in zip(top, shown, strict=True)), *rest]
 
 

@@ -167,20 +167,21 @@ def read_contrast(path: Path) -> Contrast:
         ) from None
 
 
+def read_shown(row: Mapping[str, Any]) -> Shown:
+    """An example from its fields as JSON brings them."""
+    box = None if row["box"] is None else tuple(row["box"])
+    return Shown(**{**row, "box": box, "hallucinated": tuple(row["hallucinated"])})
+
+
 def _feature(row: dict[str, Any]) -> Feature:
     row = {name: value for name, value in row.items() if name != "effect"}
     changes = {name: _change(row[name]) for name in ("frequency", "attribution")}
     fires = {place: tuple(shares) for place, shares in row["fires"].items()}
-    return Feature(**{**_numbers(row), **changes, "fires": fires, "examples": tuple(map(_shown, row["examples"]))})
+    return Feature(**{**_numbers(row), **changes, "fires": fires, "examples": tuple(map(read_shown, row["examples"]))})
 
 
 def _change(row: dict[str, Any]) -> Change:
     return Change(**_numbers(row))
-
-
-def _shown(row: dict[str, Any]) -> Shown:
-    box = None if row["box"] is None else tuple(row["box"])
-    return Shown(**{**row, "box": box, "hallucinated": tuple(row["hallucinated"])})
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, Any]:

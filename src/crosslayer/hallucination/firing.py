@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.distributed.crew import ALONE, Crew
+from crosslayer.distributed.results import Result
 from crosslayer.errors import UserError
 from crosslayer.hallucination.decisions import Decision
 from crosslayer.hallucination.responses import Response
@@ -58,7 +61,13 @@ class Firing:
 
 
 def fire(
-    model: LoadedModel, coder: CrossLayerTranscoder, made: Sequence[Decision], folder: Path, *, batch_prompts: int = 16
+    model: LoadedModel,
+    coder: CrossLayerTranscoder,
+    made: Sequence[Decision],
+    folder: Path,
+    *,
+    batch_prompts: int = 16,
+    crew: Crew = ALONE,
 ) -> Firing:
     """Run the model over the responses and keep what fires.
 
@@ -68,21 +77,52 @@ def fire(
         made: decisions, those of a response one after the other.
         folder: that of the responses' file.
         batch_prompts: responses run together.
+        crew: the processes that share the work.
 
     Raises:
         UserError: when a response's tokens are not those of this model, or a picture cannot be read.
     """
     groups = [list(group) for _, group in groupby(made, key=lambda decision: decision.response.id)]
-    kept = _Kept(len(coder.sources), coder.d_transcoder)
-    bar = tqdm(total=len(groups), unit="response", desc="fire", disable=None, leave=False)
-    with bar:
-        for first in range(0, len(groups), batch_prompts):
-            some = groups[first : first + batch_prompts]
-            batch = answered(model, [group[0].response for group in some], folder)
-            kept.begin(batch, [(row, places(batch, row, d)) for row, group in enumerate(some) for d in group])
-            watch(model, coder, batch, kept.add)
-            bar.update(len(some))
-    return kept.firing()
+    batches = [groups[first : first + batch_prompts] for first in range(0, len(groups), batch_prompts)]
+    sources = range(len(coder.sources))
+    sums = {name: np.zeros((len(sources), coder.d_transcoder)) for name in ("image", "text")}
+    tokens, acts = dict.fromkeys(sums, 0), {place: [list[csr_array]() for _ in sources] for place in PLACES}
+    with tqdm(total=len(groups), unit="response", desc="fire", disable=None, leave=False) as bar:
+        found = crew.map(lambda i: _fire(model, coder, batches[i], folder), len(batches))
+        for batch, part in zip(batches, found, strict=True):
+            for name in sums:
+                sums[name] += part[name].numpy()
+                tokens[name] += part["tokens"][name]
+            for place, rows in acts.items():
+                for i in sources:
+                    rows[i].append(part[f"{place}.{i}"])
+            bar.update(len(batch))
+    means = {name: total / max(1, tokens[name]) for name, total in sums.items()}
+    return Firing({place: tuple(csr_array(vstack(some)) for some in rows) for place, rows in acts.items()}, **means)
+
+
+def _fire(
+    model: LoadedModel, coder: CrossLayerTranscoder, groups: Sequence[Sequence[Decision]], folder: Path
+) -> Result:
+    """What fires in a batch: by place and source an array [N, F], by kind of token their number and a sum [S, F]."""
+    batch = answered(model, [group[0].response for group in groups], folder)
+    wanted = [(row, places(batch, row, decision)) for row, group in enumerate(groups) for decision in group]
+    kinds = {"image": batch.image, "text": (batch.position > 0) & ~batch.image}
+    shape = (len(coder.sources), coder.d_transcoder)
+    found: dict[str, Any] = {name: torch.zeros(shape, dtype=torch.float64) for name in kinds}
+    found["tokens"] = {name: int(kind.sum()) for name, kind in kinds.items()}
+
+    def keep(i: int, acts: Float[Tensor, "B P F"]) -> None:
+        for name, kind in kinds.items():
+            found[name][i] = acts[kind].sum(0).double()
+        for place, pool in PLACES.items():
+            rows = [
+                pool(acts[row, at[place]]) if at[place].any() else acts.new_zeros(acts.shape[2]) for row, at in wanted
+            ]
+            found[f"{place}.{i}"] = csr_array(torch.stack(rows).float().cpu().numpy())
+
+    watch(model, coder, batch, keep)
+    return found
 
 
 def answered(model: LoadedModel, responses: Sequence[Response], folder: Path) -> Batch:
@@ -134,33 +174,3 @@ def watch(model: LoadedModel, coder: CrossLayerTranscoder, batch: Batch, on_acts
 
     with reading(model.sites, read):
         model.model(**batch.inputs, use_cache=False)
-
-
-class _Kept:
-    """What has fired so far."""
-
-    def __init__(self, n_sources: int, n_features: int):
-        self.acts = {place: [list[csr_array]() for _ in range(n_sources)] for place in PLACES}
-        self.sums = {name: np.zeros((n_sources, n_features)) for name in ("image", "text")}
-        self.tokens = dict.fromkeys(self.sums, 0)
-
-    def begin(self, batch: Batch, wanted: list[tuple[int, dict[str, Bool[Tensor, " P"]]]]) -> None:
-        self.wanted = wanted
-        self.masks = {"image": batch.image, "text": (batch.position > 0) & ~batch.image}
-        for name, mask in self.masks.items():
-            self.tokens[name] += int(mask.sum())
-
-    def add(self, i: int, acts: Float[Tensor, "B P F"]) -> None:
-        for name, mask in self.masks.items():
-            self.sums[name][i] += acts[mask].sum(0).double().cpu().numpy()
-        for place, pool in PLACES.items():
-            rows = [
-                pool(acts[row, at[place]]) if at[place].any() else acts.new_zeros(acts.shape[2])
-                for row, at in self.wanted
-            ]
-            self.acts[place][i].append(csr_array(torch.stack(rows).float().cpu().numpy()))
-
-    def firing(self) -> Firing:
-        means = {name: total / max(1, self.tokens[name]) for name, total in self.sums.items()}
-        stacked = {place: tuple(csr_array(vstack(parts)) for parts in found) for place, found in self.acts.items()}
-        return Firing(stacked, means["image"], means["text"])

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 
 from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.distributed.crew import ALONE, Crew
 from crosslayer.hallucination.causes import Causes, causes
 from crosslayer.hallucination.comparing import Compared
 from crosslayer.hallucination.contrast_settings import ContrastSettings
@@ -137,6 +138,7 @@ def rank(
     compared: Compared,
     folder: Path,
     settings: ContrastSettings,
+    crew: Crew = ALONE,
 ) -> Ranked:
     """Order a run's features: first those that pass the matched test, then by how they `drive` hallucinated decisions.
 
@@ -148,11 +150,12 @@ def rank(
         compared: decisions to compare.
         folder: that of the responses' file.
         settings: how to rank.
+        crew: the processes that share the passes of the model; all of them have the order.
     """
-    firing = fire(model, coder, compared.decisions, folder, batch_prompts=settings.batch_prompts)
+    firing = fire(model, coder, compared.decisions, folder, batch_prompts=settings.batch_prompts, crew=crew)
     tests = examine(firing, compared)
     chosen = compared.some(settings.traced, settings.seed)
-    found = causes(model, coder, [compared.decisions[i] for i in chosen], folder)
+    found = causes(model, coder, [compared.decisions[i] for i in chosen], folder, crew)
     weighing = Weighing(compared.only(chosen), settings.resamples, settings.seed)
     passes = np.nan_to_num(tests.matched_q, nan=1.0).min(0) <= settings.alpha
     (these, those), total = weighing.weights, found.total

@@ -1,6 +1,7 @@
 """Where features fire the most: the response, and the token or the patch of its picture."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from math import isqrt
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from crosslayer.coders.transcoder import CrossLayerTranscoder
-from crosslayer.hallucination.feature_table import Shown
+from crosslayer.distributed.crew import ALONE, Crew
+from crosslayer.distributed.results import Result
+from crosslayer.hallucination.feature_table import Shown, read_shown
 from crosslayer.hallucination.firing import answered, watch
 from crosslayer.hallucination.responses import Response
 from crosslayer.models.load import LoadedModel
@@ -28,6 +31,7 @@ def top_examples(
     *,
     n: int,
     batch_prompts: int = 16,
+    crew: Crew = ALONE,
 ) -> list[tuple[Shown, ...]]:
     """The responses in which each feature fires the most, the strongest first, with its strongest position in each.
 
@@ -39,22 +43,38 @@ def top_examples(
         folder: that of the responses' file.
         n: responses at most for each feature.
         batch_prompts: responses run together.
+        crew: the processes that share the work.
     """
+    batches = [responses[first : first + batch_prompts] for first in range(0, len(responses), batch_prompts)]
     found: list[list[Shown]] = [[] for _ in features]
     with tqdm(total=len(responses), unit="response", desc="examples", disable=None, leave=False) as bar:
-        for first in range(0, len(responses), batch_prompts):
-            some = responses[first : first + batch_prompts]
-            batch = answered(model, some, folder)
-            best = _strongest(model, coder, batch, features)
-            for shown, (values, places) in zip(found, best, strict=True):
-                new = [
-                    _shown(model, batch, some, row, int(p), float(v))
-                    for row, (v, p) in enumerate(zip(values, places, strict=True))
-                    if v > 0
-                ]
-                shown[:] = sorted([*shown, *new], key=lambda one: -one.activation)[:n]
-            bar.update(len(some))
+        looked = crew.map(lambda i: _look(model, coder, batches[i], features, folder), len(batches))
+        for batch, seen in zip(batches, looked, strict=True):
+            for shown, new in zip(found, seen["shown"], strict=True):
+                shown[:] = sorted([*shown, *map(read_shown, new)], key=lambda one: -one.activation)[:n]
+            bar.update(len(batch))
     return [tuple(shown) for shown in found]
+
+
+def _look(
+    model: LoadedModel,
+    coder: CrossLayerTranscoder,
+    responses: Sequence[Response],
+    features: Sequence[tuple[int, int]],
+    folder: Path,
+) -> Result:
+    """Of each feature, where it fires the most in each response of a batch, as JSON values."""
+    batch = answered(model, responses, folder)
+    return {
+        "shown": [
+            [
+                asdict(_shown(model, batch, responses, row, int(p), float(v)))
+                for row, (v, p) in enumerate(zip(values, places, strict=True))
+                if v > 0
+            ]
+            for values, places in _strongest(model, coder, batch, features)
+        ]
+    }
 
 
 def _strongest(

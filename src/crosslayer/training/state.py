@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from crosslayer.coders.checkpoint import CONFIG
+from crosslayer.coders.sharing import axis_of
 from crosslayer.errors import UserError
 from crosslayer.files import read_tensors, sweep, write_tensors, write_text
 from crosslayer.training.config import TrainConfig
@@ -93,10 +94,31 @@ class StateFile:
         (self.run / STATE).unlink()
 
 
+def read_state_header(file: Path) -> dict[str, Any]:
+    """What a `StateFile` keeps beside the tensors.
+
+    Raises:
+        UserError: when the file is damaged.
+    """
+    return json.loads(read_tensors(file)[1]["crosslayer"])
+
+
 def header_of(trainer: Trainer, place: Place, context: dict[str, Any]) -> dict[str, Any]:
     """What is kept beside the tensors: JSON values."""
-    counters = trainer.counters()
-    return {"config": trainer.config.record(), "context": context, "counters": counters, "place": vars(place)}
+    counters, axes = trainer.counters(), _axes(trainer)
+    settings = {"config": trainer.config.record(), "context": context}
+    return {**settings, "counters": counters, "place": vars(place), "axes": axes}
+
+
+def _axes(trainer: Trainer) -> dict[str, int]:
+    """The axis along which feature ranks share a tensor, or would: those of the coder, their moments, and densities."""
+    coder, tensors = trainer.coder, trainer.state()[0]
+    axes = {name: axis_of(coder.sharing, name) for name in tensors if name.startswith("coder.")}
+    axis_by_id = {id(p): axis_of(coder.sharing, name) for name, p in coder.named_parameters()}
+    for number, optimizer in enumerate(trainer.optimizers):
+        for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            axes |= {f"optimizer.{number}.{index}.{key}": axis_by_id.get(id(p)) for key in ("exp_avg", "exp_avg_sq")}
+    return {name: axis for name, axis in (axes | {"density": -1}).items() if name in tensors and axis is not None}
 
 
 def kept(tensors: dict[str, Tensor], header: dict[str, Any]) -> Kept:

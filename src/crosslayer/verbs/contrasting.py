@@ -6,6 +6,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.distributed.joining import crew
 from crosslayer.errors import UserError
 from crosslayer.files import write_text
 from crosslayer.hallucination.contrast import contrast as find_features
@@ -43,21 +44,26 @@ def contrast(
     split `select` alone. The responses are those that `crosslayer hallucination score` writes.
     """
     path = _responses_file(data or out)
-    for name in (CONTRAST, TABLE, PAGE):
-        if (out / name).exists() and not overwrite:
-            raise UserError(f"{out / name}: already exists; choose another folder or add --overwrite")
+    here = crew()
+    here.first(lambda: _check(out, overwrite))
     responses = read_responses(path)
     coder, loaded = load_run(run, model, loading)
     found = find_features(
         loaded, coder, responses, path.parent, settings, run=run,
-        without=without if _of_the_bundled_world(responses) else None,
+        without=without if _of_the_bundled_world(responses) else None, crew=here,
         beside={name: CrossLayerTranscoder.load(name, offload=loading.offload) for name in beside},
     )  # fmt: skip
+    here.dismiss()
     write_text(out / TABLE, found.to_csv())
     write_page(out / PAGE, found, path.parent)
     write_text(out / CONTRAST, found.to_json() + "\n")
     print(contrast_table(found))
     print(f"\n{out / PAGE} shows where they fire")
+
+
+def _check(out: Path, overwrite: bool) -> None:
+    if (out / CONTRAST).exists() and not overwrite:
+        raise UserError(f"{out / CONTRAST}: already exists; choose another folder or add --overwrite")
 
 
 def _responses_file(path: Path) -> Path:
