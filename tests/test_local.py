@@ -129,6 +129,20 @@ def test_skips_and_norms_of_the_transcoders_own_are_paths_too(settings):
         torch.testing.assert_close(found, (read[0] * vectors).sum(1), rtol=1e-9, atol=1e-9)
 
 
+def test_a_transcoder_that_still_learns_gives_the_same():
+    model = loaded("llama")
+    coder, batch = coder_of(model, skip=Wiring.full(2)), prompt_of(model)
+    vector = torch.ones(1, model.d_model).double()
+    last = [
+        list(trace(model, coder.requires_grad_(learns), batch).into_reads(at(1, 1), torch.tensor([3]), vector).steps)[
+            -1
+        ]
+        for learns in (False, True)
+    ]
+    assert torch.equal(last[0].entry, last[1].entry)
+    assert last[0].entry.abs().max() > 0
+
+
 def test_a_model_is_left_as_it_was():
     model = loaded("llava")
     batch, before, attention = prompt_of(model), traces(model.model), model.model.config._attn_implementation

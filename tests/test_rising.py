@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from crosslayer import Wiring
 from crosslayer.attribution.columns import Columns
@@ -91,27 +92,31 @@ def test_a_layer_cut_at_a_position_lifts_as_the_whole_does(name):
     local, _, _ = traced(name)
     P, D = local.stream.shape[1:]
     entry, write = torch.randn(2, 3, P - 2, D).double()
+    entry[2] = 0.0
     for layer in range(local.n_layers):
-        part = Lift(local.layers, layer).up(2, entry, write)
+        part = Lift(local.layers, layer).section(2)
         assert part.first == 2
-        whole = Lift(replace(local.layers, uncut={layer}), layer).up(2, entry, write)
+        whole = Lift(replace(local.layers, uncut={layer}), layer).section(2)
         assert whole.first == 0
-        for name in ("read", "output"):
-            torch.testing.assert_close(getattr(part, name), getattr(whole, name)[:, 2:], rtol=1e-10, atol=1e-10)
-            assert getattr(whole, name)[:, :2].abs().max() == 0
+        found, wanted = entry.clone(), pad(entry, (0, 0, 2, 0))
+        pairs = (part.up(found, write, 2), whole.up(wanted, pad(write, (0, 0, 2, 0)), 3)), (found, wanted)
+        for one, other in pairs:
+            torch.testing.assert_close(one, other[:, 2:], rtol=1e-10, atol=1e-10)
+            assert other[:, :2].abs().max() == 0
 
 
 def test_an_image_block_that_attends_both_ways_is_not_cut():
     local, _, _ = traced("gemma3")
     P, D = local.stream.shape[1:]
     lift = Lift(local.layers, 0)
-    inside = [first for first in range(1, P) if lift._from(first) is lift.whole]
+    inside = [first for first in range(1, P) if lift.section(first) is lift.whole]
     assert inside
     local.layers.uncut.clear()
-    entry = torch.randn(1, P - inside[0], D).double()
-    found = lift.up(inside[0], entry, torch.zeros_like(entry))
-    assert found.first == 0
-    assert found.output[:, : inside[0]].abs().max() > 0
+    section = lift.section(inside[0])
+    assert section.first == 0
+    stream = pad(torch.randn(1, P - inside[0], D).double(), (0, 0, inside[0], 0))
+    section.up(stream, torch.zeros_like(stream), 1)
+    assert stream[:, : inside[0]].abs().max() > 0
 
 
 def test_a_middle_takes_both_sides_into_account():

@@ -97,21 +97,27 @@ def test_the_objective_is_its_definition(double):  # noqa: F811
     objective = Objective(double, responses(double), HERE, SMALL)
     coder, terms = finished_coder(Wiring.full(3)).double(), objective.measure(AS_IT_IS)
     assert (terms.kl, len(objective.hallucinated)) == (pytest.approx(0, abs=1e-9), 2)
-    margins = []
-    for decision in objective.hallucinated:
-        tokenizer = double.processor
-        ids = [
-            *tokenizer(decision.response.prompt)["input_ids"],
-            *(decision.response.token_ids or ())[: decision.place],
-        ]
-        with torch.no_grad():
-            logits = array(double.model(input_ids=torch.tensor([ids])).logits[0, -1])
-        others = np.delete(logits, decision.chosen) if decision.instead is None else logits[[decision.instead]]
-        margins.append(logits[decision.chosen] - np.log(np.exp(others).sum()))
-    wanted = np.log1p(np.exp(np.array(margins) + 0.5)) @ [1.0, 0.5]
-    assert terms.value == pytest.approx(wanted, abs=1e-6)
+    undone = np.log1p(np.exp(margins_of(double, objective.hallucinated) + 0.5))
+    kinds = np.array([decision.response.kind for decision in objective.true])
+    kept = np.log1p(np.exp(2.0 - margins_of(double, objective.true)))
+    assert kinds.tolist() == ["caption"] * 6
+    assert terms.kept == pytest.approx(kept.mean(), abs=1e-6)
+    assert terms.value == pytest.approx(undone.sum() + kept.mean(), abs=1e-6)
     edits = [Intervention(layer=0, feature=f, action=Ablate()) for f in range(24)]
     assert measured(objective, coder, edits).kl > 1e-6
+
+
+def margins_of(model, made):
+    """Of each decision, by a pass of its own over the tokens before it."""
+    margins = []
+    for decision in made:
+        before = (decision.response.token_ids or ())[: decision.place]
+        ids = [*model.processor(decision.response.prompt)["input_ids"], *before]
+        with torch.no_grad():
+            logits = array(model.model(input_ids=torch.tensor([ids])).logits[0, -1])
+        others = np.delete(logits, decision.chosen) if decision.instead is None else logits[[decision.instead]]
+        margins.append(logits[decision.chosen] - np.log(np.exp(others).sum()))
+    return np.array(margins)
 
 
 def planted(model, weight=3.0):

@@ -1,7 +1,7 @@
 """From a prompt to its attribution graph: trace, split, compute rows, put them together."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from crosslayer.attribution.columns import Columns
 from crosslayer.attribution.forecast import check_memory, forecast
-from crosslayer.attribution.graph import AttributionGraph
+from crosslayer.attribution.graph import AttributionGraph, Picture
 from crosslayer.attribution.influence import Edges, influence
 from crosslayer.attribution.inputs import Inputs, added, inputs_of
 from crosslayer.attribution.node import Node
@@ -114,19 +114,15 @@ def attribute(
     first, limits = batch.position[0] == 0, budget or Budget()
     most = (limits.features, limits.positions)
     check_memory(forecast(local, coder, first, inputs.cell, BATCH_BYTES, *most), local)
-    parts = split(local, coder, first)
-    if not parts.n_features:
-        raise UserError("no feature is active on this prompt, so there is nothing to trace; is the run of this model?")
-    chosen = [made for asked in targets for made in _made(asked, local, parts, coder, tokenizer, places)]
-    if not targets:
+
+    def wanted(parts: Parts) -> list[Target]:
+        if targets:
+            return [made for asked in targets for made in _made(asked, local, parts, coder, tokenizer, places)]
         likely = {"probability": probability, "at_most": at_most}
-        chosen = [made for at in places for made in salient(local.logits[0, at].detach(), tokenizer, at, **likely)]
-    growing = _Growing(local, parts, inputs, chosen)
-    if not growing.limited(limits):
-        growing.rise()
-    growing.add_targets()
-    growing.add_features(limits)
-    return growing.graph(prompt, batch, tokenizer, model.id, run)
+        return [made for at in places for made in salient(local.logits[0, at].detach(), tokenizer, at, **likely)]
+
+    grown = _grown(local, split(local, coder, first), inputs, wanted, limits)
+    return grown.graph(prompt, batch, tokenizer, model.id, run)
 
 
 def _place(response: str | None, token: int, batch: Batch) -> int:
@@ -151,6 +147,57 @@ def _made(
     if is_feature(asked):
         return [feature_target(asked, parts, coder, local.stream.shape[1])]
     return [named(asked, local.logits[0, place].detach(), tokenizer, place) for place in places]
+
+
+@dataclass(frozen=True)
+class _Grown:
+    """What there is once all rows are, when nothing else of the prompt is needed any more."""
+
+    n_layers: int
+    nodes: tuple[Node, ...]
+    edges: list[tuple[Tensor, Tensor, Tensor]]
+    preactivation: Float[Tensor, " N"]
+    target_weight: Float[Tensor, " N"]
+    left_out: str
+    picture: Picture | None
+
+    def graph(self, prompt: str, batch: Batch, tokenizer: Any, model: str, run: str) -> AttributionGraph:
+        """The record, which the edges then live on in alone."""
+        target, source, weight = _joined(self.edges)
+        self.edges.clear()
+        return AttributionGraph(
+            prompt=prompt,
+            tokens=tuple(tokenizer.decode([id]) for id in batch.tokens[0].tolist()),
+            model=model,
+            run=run,
+            n_layers=self.n_layers,
+            nodes=self.nodes,
+            target=target,
+            source=source,
+            weight=weight.float(),
+            preactivation=self.preactivation,
+            target_weight=self.target_weight,
+            left_out=self.left_out,
+            picture=self.picture,
+        )
+
+
+def _grown(
+    local: LocalReplacement,
+    parts: Parts,
+    inputs: Inputs,
+    wanted: Callable[[Parts], list[Target]],
+    budget: Budget,
+) -> _Grown:
+    """All rows that a budget allows; the parts, and what rose and fell, are let go of."""
+    if not parts.n_features:
+        raise UserError("no feature is active on this prompt, so there is nothing to trace; is the run of this model?")
+    growing = _Growing(local, parts, inputs, wanted(parts))
+    if not growing.limited(budget):
+        growing.rise()
+    growing.add_targets()
+    growing.add_features(budget)
+    return growing.grown()
 
 
 class _Growing:
@@ -267,14 +314,9 @@ class _Growing:
         closed = at[~torch.isin(at, opened)].unique()
         return torch.cat([opened, _largest(closed, total[closed], n)])
 
-    def _all_edges(self) -> tuple[Int[Tensor, " E"], Int[Tensor, " E"], Float[Tensor, " E"]]:
-        """Targets, sources and weights of all edges so far."""
-        target, source, weight = (torch.cat(part) for part in zip(*self.edges, strict=True))
-        return target.long(), source.long(), weight
-
     def _influence(self) -> Float[Tensor, " N"]:
         """Of all nodes, by the rows that are known so far."""
-        target, source, weight = self._all_edges()
+        target, source, weight = _joined(self.edges)
         rank = torch.tensor([node.rank(self.local.n_layers) for node in self.nodes])
         edges = Edges(rank.numpy(), target.numpy(), source.numpy(), weight.double().numpy())
         return torch.from_numpy(influence(edges, self.target_weight.double().numpy()).node)
@@ -295,29 +337,15 @@ class _Growing:
 
     def _keep(self, targets: Int[Tensor, " R"], weights: Float[Tensor, "R S"], sources: Tensor | None = None) -> None:
         """Keep edges that are not exactly zero; from all nodes, or from some."""
-        row, column = weights.nonzero(as_tuple=True)
-        source = column if sources is None else sources[column]
-        self.edges.append((targets[row].int(), source.int(), weights[row, column]))
+        kept = weights != 0
+        columns = torch.arange(weights.shape[1]) if sources is None else sources
+        source = columns.int().expand_as(kept).masked_select(kept)
+        self.edges.append((targets.int().repeat_interleave(kept.sum(1)), source, weights.masked_select(kept)))
 
-    def graph(self, prompt: str, batch: Batch, tokenizer: Any, model: str, run: str) -> AttributionGraph:
-        """What has grown, which then lives on in the graph alone."""
-        target, source, weight = self._all_edges()
-        self.edges.clear()
-        return AttributionGraph(
-            prompt=prompt,
-            tokens=tuple(tokenizer.decode([id]) for id in batch.tokens[0].tolist()),
-            model=model,
-            run=run,
-            n_layers=self.local.n_layers,
-            nodes=tuple(self.nodes),
-            target=target,
-            source=source,
-            weight=weight.float(),
-            preactivation=self.preactivation,
-            target_weight=self.target_weight,
-            left_out=self._left_out(),
-            picture=self.inputs.picture,
-        )
+    def grown(self) -> _Grown:
+        """What has grown."""
+        found = (self.edges, self.preactivation, self.target_weight, self._left_out(), self.inputs.picture)
+        return _Grown(self.local.n_layers, tuple(self.nodes), *found)
 
     def _left_out(self) -> str:
         """What got no row, in words; nothing when all did."""
@@ -328,6 +356,14 @@ class _Growing:
         n_all, n_have = (len(self.position[some].unique()) for some in (features, features[have]))
         where = f", those at {n_all - n_have} of {n_all} positions among them" if n_have < n_all else ""
         return f"{int((~have).sum()):,} of {len(features):,} active features have no row of their own{where}"
+
+
+def _joined(
+    edges: Sequence[tuple[Tensor, Tensor, Tensor]],
+) -> tuple[Int[Tensor, " E"], Int[Tensor, " E"], Float[Tensor, " E"]]:
+    """Targets, sources and weights of all edges."""
+    target, source, weight = zip(*edges, strict=True)
+    return torch.cat(target).long(), torch.cat(source).long(), torch.cat(weight)
 
 
 def _error(layer: int, node: Node) -> Node:

@@ -107,7 +107,9 @@ class AttributionGraph:
             raise UserError(f"the edge from {ends} does not run forward, and edges must, from inputs through layers")
         if (odd := ~self.of_kind("feature", "target")[target]).any():
             raise UserError(f"an edge runs to {self.nodes[target[odd][0]].id}; only features and targets have rows")
-        pairs = np.sort(target * n + source)
+        pairs = target * n
+        pairs += source
+        pairs.sort()
         if (pairs[1:] == pairs[:-1]).any():
             raise UserError("two edges run between the same nodes; add them up")
         if not torch.isfinite(self.weight).all():

@@ -19,8 +19,7 @@ from torch.nn.functional import pad
 from crosslayer.attribution.columns import Columns
 from crosslayer.attribution.parts import Parts
 from crosslayer.attribution.rows import batches, row_bytes
-from crosslayer.replacement.carrying import padded
-from crosslayer.replacement.lifting import Lift, Lifted, lifts
+from crosslayer.replacement.lifting import Lift, lifts
 from crosslayer.replacement.local import LocalReplacement
 
 
@@ -88,7 +87,12 @@ class _Band:
     """Of every node of the graph: its place here, or -1."""
     first: int
     stream: Float[Tensor, "S Q D"]
-    """What those so far add to it, on the positions from the first one on."""
+    """What those so far add to it, on the positions from the first one on; 0 for those that come later."""
+
+    def widen(self, first: int) -> None:
+        """Begin at an earlier position, where it must."""
+        if first < self.first:
+            self.stream, self.first = pad(self.stream, (0, 0, self.first - first, 0)), first
 
     def add(
         self, onto: Float[Tensor, "S Q D"], nodes: Tensor, positions: Tensor, vectors: Float[Tensor, "K D"]
@@ -124,34 +128,45 @@ class Rising:
     def _band(self, some: Origins) -> _Band:
         some, first = some.only(some.layers.argsort(stable=True)), int(some.positions.min())
         row = torch.full((self.n_nodes,), -1).index_put_((some.nodes,), torch.arange(len(some.nodes)))
-        return _Band(some, row, first, self.local.stream.new_zeros(0, *self.local.stream[0, first:].shape))
+        return _Band(
+            some, row, first, self.local.stream.new_zeros(len(some.nodes), *self.local.stream[0, first:].shape)
+        )
 
     @torch.no_grad()
     def rows(self) -> Iterator[Read]:
         """The rows of all features below the layer, as the sources rise."""
         for layer in range(self.middle):
-            lift, added = Lift(self.local.layers, layer), self._written(layer)
-            biases = lift.biases()
+            lift, written = Lift(self.local.layers, layer), self._written(layer)
             for band in self.bands:
                 n = int((band.origins.layers <= layer).sum())
                 if n:
-                    found = self._lifted(layer, lift, band, padded(n, len(band.origins.nodes)), added)
-                    bias = int(band.row[self.at.biases[layer]])
-                    if biases is not None and bias >= 0:
-                        found.read[bias] += biases.read[0]
-                        found.output[bias] += biases.output[0]
-                    band.first, band.stream = found.first, found.output
-                    yield self._read(layer, band, found.read[:n])
+                    yield self._read(layer, band, self._risen(layer, lift, band, n, written))
 
-    def _lifted(self, layer: int, lift: Lift, band: _Band, size: int, written: tuple[Tensor, Tensor, Tensor]) -> Lifted:
-        entry = pad(band.stream, (0, 0, 0, 0, 0, size - len(band.stream)))
-        write = torch.zeros_like(entry)
+    def _risen(
+        self, layer: int, lift: Lift, band: _Band, n: int, written: tuple[Tensor, Tensor, Tensor]
+    ) -> Float[Tensor, "S Q D"]:
+        """Carry the first n sources of a band up one layer; what its encoder reads of them."""
+        section, bias = lift.section(band.first), int(band.row[self.at.biases[layer]])
+        band.widen(section.first)
+        stream, entering = band.stream[:n], int((band.origins.layers < layer).sum())
+        for nodes, added in self._entering(layer):
+            band.add(stream, nodes, self.places, added)
+            entering = n
+        write = torch.zeros_like(stream)
         band.add(write, *written)
-        if layer == 0:
-            band.add(entry, self.at.stream, self.places, self.local.stream[0])
+        read = section.up(stream, write, entering)
+        biases = lift.whole.biases() if bias >= 0 else None
+        if biases is not None:
+            read[bias] += biases[0]
+            stream[bias] += biases[1]
+        return read
+
+    def _entering(self, layer: int) -> list[tuple[Int[Tensor, " P"], Float[Tensor, "P D"]]]:
+        """Nodes that add to the stream as it enters a layer, and what they add at each position."""
+        found = [(self.at.stream, self.local.stream[0])] if layer == 0 else []
         if layer in self.local.between:
-            band.add(entry, self.at.between[layer], self.places, self.local.between[layer][0])
-        return lift.up(band.first, entry, write)
+            found.append((self.at.between[layer], self.local.between[layer][0]))
+        return found
 
     def _written(self, layer: int) -> tuple[Int[Tensor, " K"], Int[Tensor, " K"], Float[Tensor, "K D"]]:
         """Nodes, positions and vectors of all that is written to a layer, in the order of `Written.terms`."""

@@ -1,6 +1,7 @@
 """Dense products, by the quickest library that PyTorch carries."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -50,6 +51,12 @@ class QuickProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         """See `torch.utils._python_dispatch.TorchDispatchMode`."""
         return product(*args) if func is torch.ops.aten.mm.default else func(*args, **(kwargs or {}))
+
+
+def quick_products() -> AbstractContextManager[Any]:
+    """`QuickProducts`, but on a processor of Intel's, whose MKL is quicker on it by itself."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return nullcontext() if "Intel" in capabilities.get("cpu_name", "") else QuickProducts()
 
 
 def _by_onednn(x: Tensor) -> bool:

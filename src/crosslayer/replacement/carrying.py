@@ -7,6 +7,7 @@ Axes: P positions, Q positions from the first that a batch of rows can see, R ro
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.func import functional_call
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_map
 
-from crosslayer.coders.products import QuickProducts
+from crosslayer.coders.products import quick_products
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.models.freezing import Frozen, eager_attention
 from crosslayer.models.hooks import changing, reading, replacing
@@ -28,8 +29,8 @@ PREFIX = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 An image block that attends both ways and is cut in two misses it by orders of magnitude.
 """
-SIZES = 3
-"""Sizes that a batch grows through as rows join: fewer shapes leave fewer holes in memory and less code to compile."""
+AT_ONCE = 768
+"""Positions of rows that pass through a layer together on a CPU: what they need on the way stays in its caches."""
 
 
 @dataclass(frozen=True)
@@ -118,19 +119,24 @@ class Layers:
     @torch.no_grad()
     def _down(self, step: Step, layers: list[int], position: Tensor, vectors: Tensor, row: Tensor) -> Iterator[Step]:
         passed, ahead, n = {step.layer: step.write}, step.entry, len(step.entry)
-        whole = max(n, len(layers))
+        ahead = pad(ahead, (0, 0, 0, 0, 0, max(n, len(layers)) - n))
         for layer in range(step.layer - 1, -1, -1):
             run, end = self._run(layer, ahead.shape[1]), n + layers.count(layer)
-            size = padded(end, whole)
-            ahead = pad(ahead, (0, 0, 0, run.entry.shape[1] - ahead.shape[1], 0, size - len(ahead)))
+            if run.entry.shape[1] > ahead.shape[1]:
+                ahead = pad(ahead, (0, 0, 0, run.entry.shape[1] - ahead.shape[1]))
             mine = (row >= n) & (row < end)
-            joining = torch.zeros_like(ahead) if end > n else ahead[:0]
-            joining.index_put_((row[mine], position[mine]), vectors[mine].to(ahead), accumulate=True)
-            step = _back(layer, run, n, ahead, joining, passed)
+            ahead[n:end].zero_().index_put_((row[mine] - n, position[mine]), vectors[mine].to(ahead), accumulate=True)
+            entry, write, biases = torch.empty_like(ahead), torch.empty_like(ahead[:n]), ahead.new_zeros(end)
+            for some in stretches(0, n, ahead):
+                entry[some], write[some], biases[some] = _back(
+                    run, {run.output: ahead[some]} | _skips(run, passed, some)
+                )
+            for some in stretches(n, end, ahead):
+                entry[some], _, biases[some] = _back(run, {run.read: ahead[some]})
             if self.coder.skip is not None:
-                passed[layer] = step.write
-            ahead, n = step.entry, end
-            yield Step(layer, step.write, ahead[:n], {at: found[:n] for at, found in step.biases.items()})
+                passed[layer] = write
+            yield Step(layer, write, entry[:end], {layer: biases})
+            ahead, n = entry, end
 
     def _run(self, layer: int, n_positions: int) -> Run:
         """A layer's graph on the first positions; on all where it cannot be cut there."""
@@ -179,9 +185,15 @@ class Layers:
         return run
 
 
-def padded(n: int, whole: int) -> int:
-    """How many rows stand for the n of all that have joined so far: one of SIZES sizes."""
-    return min(whole, -(-n * SIZES // whole) * whole // SIZES + 1)
+def stretches(start: int, end: int, like: Float[Tensor, "R Q D"]) -> Iterator[slice]:
+    """Rows from `start` to before `end`, so many at a time as one pass takes; all on a GPU."""
+    step = rows_at_once(like)
+    return (slice(first, min(first + step, end)) for first in range(start, end, step))
+
+
+def rows_at_once(like: Float[Tensor, "R Q D"]) -> int:
+    """Rows of as many positions that pass through a layer together."""
+    return max(1, AT_ONCE // like.shape[1]) if like.device.type == "cpu" else max(1, len(like))
 
 
 def skipped(coder: CrossLayerTranscoder, layer: int, x: Tensor) -> dict[int, Tensor]:
@@ -196,27 +208,32 @@ def pull(outputs: Mapping[Tensor, Float[Tensor, "R ..."]], leaves: list[Tensor])
     """The transposed Jacobian from leaves to outputs, times R directions."""
     n = len(next(iter(outputs.values())))
     settings: dict[str, Any] = {"allow_unused": True, "is_grads_batched": True, "retain_graph": True}
-    with QuickProducts():
+    whole = n == rows_at_once(leaves[0])  # another number of rows would be another shape, which oneDNN compiles anew
+    with quick_products() if whole else nullcontext():
         found = torch.autograd.grad(list(outputs), leaves, list(outputs.values()), **settings)
     return [leaf.new_zeros(n, *leaf.shape) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
 
 
-def _back(layer: int, run: Run, n: int, ahead: Tensor, joining: Tensor, passed: Mapping[int, Tensor]) -> Step:
-    outputs: dict[Tensor, Tensor] = {}
-    if n:
-        outputs[run.output] = ahead[:, None].to(run.output)
-    if len(joining):
-        outputs[run.read] = joining[:, None].to(run.read)
-    for target, part in run.passed.items():
-        if target in passed:
-            grad = passed[target]
-            outputs[part] = pad(grad, (0, 0, 0, part.shape[1] - grad.shape[1], 0, len(ahead) - len(grad)))[:, None]
-    entry, write, *biases = pull(outputs, [run.entry, run.write, *run.biases.values()])
+def _back(run: Run, outputs: Mapping[Tensor, Float[Tensor, "R Q D"]]) -> tuple[Tensor, Tensor, Tensor]:
+    """What flows into rows of what enters the layer, of what its MLP writes, and of its biases in all."""
+    along = {output: grad[:, None].to(output) for output, grad in outputs.items()}
+    entry, write, *biases = pull(along, [run.entry, run.write, *run.biases.values()])
     own = sum(
         ((grad * bias).flatten(1).sum(1) for grad, bias in zip(biases, run.biases.values(), strict=True)),
-        ahead.new_zeros(len(ahead)),
+        entry.new_zeros(len(entry)),
     )
-    return Step(layer, write[:n, 0].to(ahead), entry[:, 0].to(ahead), {layer: own})
+    return entry[:, 0], write[:, 0], own
+
+
+def _skips(run: Run, passed: Mapping[int, Tensor], some: slice) -> dict[Tensor, Float[Tensor, "R Q D"]]:
+    """What flows into some rows of what the layer's skip connections pass on."""
+    found = {}
+    for target, part in run.passed.items():
+        if target in passed:
+            grad = passed[target][some]
+            missing = some.stop - some.start - len(grad)
+            found[part] = pad(grad, (0, 0, 0, part.shape[1] - grad.shape[1], 0, missing))
+    return found
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -12,33 +12,47 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import pad
 
 from crosslayer.models.freezing import Frozen
-from crosslayer.replacement.carrying import Layers, Run, cut, pull, same
+from crosslayer.replacement.carrying import Layers, Run, cut, pull, same, stretches
 
 
 @dataclass(frozen=True)
-class Lifted:
-    """What R sources change at one layer, on the positions from `first` on."""
+class Section:
+    """A layer on the positions from `first` on: a pass back through it, with a graph of its own from its directions."""
 
     first: int
-    read: Float[Tensor, "R Q D"]
-    """What the layer's encoder reads."""
-    output: Float[Tensor, "R Q D"]
-    """The stream that leaves the layer."""
-
-
-@dataclass(frozen=True)
-class _Back:
-    """A pass back through a layer, with a graph of its own from its directions."""
-
     along: tuple[Tensor, Tensor]
-    """Directions of what is read, and of the output."""
+    """Directions of what the layer's encoder reads, and of the stream that leaves the layer."""
     entry: Tensor
     write: Tensor
-    biases: tuple[tuple[Tensor, Tensor], ...]
+    back_to_biases: tuple[tuple[Tensor, Tensor], ...]
     """Each with the bias itself."""
+
+    def up(
+        self, stream: Float[Tensor, "R Q D"], write: Float[Tensor, "R Q D"], entering: int
+    ) -> Float[Tensor, "R Q D"]:
+        """What R changes do to what the layer's encoder reads.
+
+        Args:
+            stream: what is added to it as it enters the layer; becomes, in place, what changes in it as it leaves.
+            write: what is added to what the layer's MLP writes.
+            entering: how many, the first ones, add to the stream that enters; the others are written here first.
+        """
+        reads = torch.empty_like(stream)
+        for outputs, start, end in (((self.entry, self.write), 0, entering), ((self.write,), entering, len(stream))):
+            for some in stretches(start, end, stream):
+                added = {self.entry: stream[some, None], self.write: write[some, None]}
+                read, output = pull({into: added[into].to(into) for into in outputs}, list(self.along))
+                reads[some], stream[some] = read[:, 0], output[:, 0]  # in this order: some encoders read what enters
+        return reads
+
+    def biases(self) -> tuple[Float[Tensor, "Q D"], Float[Tensor, "Q D"]] | None:
+        """What the layer's own biases add to what is read and to what leaves it; None where it has none that count."""
+        if not self.back_to_biases:
+            return None
+        read, output = pull({back: bias.detach()[None] for back, bias in self.back_to_biases}, list(self.along))
+        return read[0, 0], output[0, 0]
 
 
 def lifts(layers: Layers) -> bool:
@@ -56,37 +70,16 @@ class Lift:
         self.n_positions = call.entry.shape[1]
         generator = torch.Generator().manual_seed(0)
         along = tuple(torch.randn(x.shape, generator=generator).to(x) for x in (call.read, call.output))
-        self.whole = self._back(slice(0, self.n_positions), self.frozen, along)
+        self.whole = self._section(0, self.frozen, along)
 
-    def up(self, first: int, entry: Float[Tensor, "R Q D"], write: Float[Tensor, "R Q D"]) -> Lifted:
-        """What comes of changes to the positions from `first` on.
-
-        Args:
-            first: the first position that is changed.
-            entry: what is added to the stream as it enters the layer.
-            write: what is added to what its MLP writes.
-        """
-        back = self._from(first)
-        if back is self.whole:
-            entry, write, first = (*(pad(added, (0, 0, first, 0)) for added in (entry, write)), 0)
-        read, output = pull({back.entry: entry[:, None], back.write: write[:, None]}, list(back.along))
-        return Lifted(first, read[:, 0].to(entry), output[:, 0].to(entry))
-
-    def biases(self) -> Lifted | None:
-        """What the layer's own biases add, as one source; None where it has none that count."""
-        if not self.whole.biases:
-            return None
-        found = pull({back: bias.detach()[None] for back, bias in self.whole.biases}, list(self.whole.along))
-        return Lifted(0, *(part[:, 0] for part in found))
-
-    def _from(self, first: int) -> _Back:
+    def section(self, first: int) -> Section:
         """The layer on the positions from `first` on; on all where it cannot be cut there."""
         if first == 0 or self.layer in self.layers.uncut:
             return self.whole
         places = slice(first, self.n_positions)
         try:
             frozen = self.frozen.changed(lambda factor: cut(factor, self.n_positions, places))
-            part = self._back(places, frozen, tuple(along[:, places] for along in self.whole.along))
+            part = self._section(first, frozen, tuple(along[:, places] for along in self.whole.along))
         except RuntimeError:  # an axis of another meaning has as many places as the prompt positions
             part = None
         if part is not None and same(part.entry, self.whole.entry[:, places]):
@@ -94,8 +87,8 @@ class Lift:
         self.layers.uncut.add(self.layer)
         return self.whole
 
-    def _back(self, places: slice, frozen: Frozen, along: tuple[Tensor, ...]) -> _Back:
-        run: Run = self.layers.forward(self.layer, places, frozen)
+    def _section(self, first: int, frozen: Frozen, along: tuple[Tensor, ...]) -> Section:
+        run: Run = self.layers.forward(self.layer, slice(first, self.n_positions), frozen)
         read, output = (direction.detach().requires_grad_() for direction in along)
         leaves = [run.entry, run.write, *run.biases.values()]
         with torch.enable_grad():
@@ -103,4 +96,4 @@ class Lift:
                 [run.read, run.output], leaves, [read, output], create_graph=True, allow_unused=True
             )
         pairs = zip(biases, run.biases.values(), strict=True)
-        return _Back((read, output), entry, write, tuple((back, bias) for back, bias in pairs if back is not None))
+        return Section(first, (read, output), entry, write, tuple((b, bias) for b, bias in pairs if b is not None))

@@ -9,6 +9,7 @@ Axes: P positions, R rows (targets whose sources are asked for), D d_model, V vo
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class LocalReplacement:
         """Decoder layers L."""
         return len(self.reads)
 
-    @property
+    @cached_property
     def n_heads(self) -> int:
         """Of attention in a layer."""
         return getattr(self.layers.model.model.config.get_text_config(), "num_attention_heads", 1)
@@ -178,9 +179,9 @@ class _FrozenPass:
         self.stream = plain.entries[0] + stream
         added = {layer: plain.between(layer) for layer in range(1, model.n_layers)}
         self.between = {layer: tensor for layer, tensor in added.items() if tensor is not None}
-        parameters = dict(model.model.named_parameters())
-        self.bias_layers = {name: at for name, at in _bias_layers(model).items() if at >= self.last}
-        self.biases = {name: parameters[name].detach().requires_grad_() for name in self.bias_layers}
+        found = _bias_layers(model) if torch.is_grad_enabled() else {}
+        self.bias_layers = {name: at for name, at in found.items() if at >= self.last}
+        self.biases = {name: model.model.get_parameter(name).detach().requires_grad_() for name in self.bias_layers}
         self.entries, self.calls = dict[int, Tensor](), dict[int, tuple[tuple, dict[str, Any]]]()
         self.streams, self.reads, self.outputs = dict[int, Tensor](), dict[int, Tensor](), dict[int, Tensor]()
         self.writes, self.whole_writes = dict[int, Tensor](), dict[int, Tensor]()
@@ -224,7 +225,7 @@ class _FrozenPass:
 
     def _write(self, layer: int) -> Tensor:
         own = self.plain.writes[layer] - self.passed_before.get(layer, 0.0) + self.changes.get(layer, 0.0)
-        self.writes[layer] = own.requires_grad_(layer == self.last and torch.is_grad_enabled())
+        self.writes[layer] = own.detach().requires_grad_(layer == self.last and torch.is_grad_enabled())
         whole = self.writes[layer] + self.passed.get(layer, 0.0)
         self.whole_writes[layer] = whole.detach()
         return whole

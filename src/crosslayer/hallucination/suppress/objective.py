@@ -1,10 +1,11 @@
 """What an edit is chosen by, on the images set apart for that: hallucinations undone, and what else changes.
 
 Undone: the mean of softplus(margin + slack) over hallucinated decisions, of captions and, weighted, of questions; it
-falls while a mention is still within the slack of being made. Collateral: the mean KL(original || edited), in nats, at
-the tokens of the model's own responses about images on which it does not hallucinate, with planted partners that are
-really there among them. The objective is the first plus a weight times the second, and is differentiable in the
-strength of each feature.
+falls while a mention is still within the slack of being made. Kept: the same with the sign turned, over true decisions
+about the same objects, which a mean over all tokens of responses would hardly see. Collateral: the mean
+KL(original || edited), in nats, at the tokens of the model's own responses about images on which it does not
+hallucinate, with planted partners that are really there among them. The objective is the weighted sum of the three, and
+is differentiable in the strength of each feature.
 
 Axes: B rows, P positions, V vocabulary, S sources, F features.
 """
@@ -39,8 +40,12 @@ class Weighing:
 
     slack: float = 0.5
     """By which a margin must be below 0, in logits, before pushing it on is worth little."""
-    questions: float = 0.5
+    questions: float = 1.0
     """Weight of hallucinated answers beside hallucinated mentions in captions."""
+    kept: float = 1.0
+    """Weight of true mentions and answers beside hallucinated ones."""
+    kept_slack: float = 2.0
+    """By which the margin of a true one must be above 0, in logits, before holding it is worth little."""
     collateral: float = 60.0
     """Weight of a nat of KL beside a logit of margin."""
     cases: int = 160
@@ -51,10 +56,9 @@ class Weighing:
     """Hallucinated decisions below which nothing can be chosen."""
 
     def __post_init__(self):
-        if min(self.slack, self.questions, self.collateral) < 0:
-            raise UserError(
-                f"slack and weights are {self.slack}, {self.questions}, {self.collateral}; choose 0 or more"
-            )
+        numbers = (self.slack, self.kept_slack, self.questions, self.kept, self.collateral)
+        if min(numbers) < 0:
+            raise UserError(f"slacks and weights are {', '.join(map(str, numbers))}; choose 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,8 @@ class Terms:
     captions: float
     """Mean softplus of hallucinated mentions in captions."""
     questions: float
+    kept: float
+    """The same of true ones, of both kinds, with the sign turned."""
     kl: float
     """Nats a token of clean responses."""
     named: float
@@ -104,11 +110,14 @@ class Objective:
         self.hallucinated, self.true = cases(model, responses, weighing, without, seed)
         self.prefixes = Prefixes(model)
         self.groups: list[list[_Part]] = []
-        weights = {CAPTION: 1.0, QUESTION: weighing.questions}
-        for kind, weight in weights.items():
-            made = [d for d in self.hallucinated if d.response.kind == kind]
-            decided = [as_batch(model, some, folder) for some in batches(made, batch_prompts)]
-            self.groups.append([_Mentions(some, kind, weight, 1 / len(made), weighing.slack) for some in decided])
+        for kind, weight in {CAPTION: 1.0, QUESTION: weighing.questions}.items():
+            for sign, made, counts, slack in (
+                (1, self.hallucinated, weight, weighing.slack),
+                (-1, self.true, weighing.kept, weighing.kept_slack),
+            ):
+                same = [d for d in made if d.response.kind == kind]
+                decided = [as_batch(model, some, folder) for some in batches(same, batch_prompts)]
+                self.groups.append([_Mentions(some, kind, sign, counts, 1 / len(same), slack) for some in decided])
         self.collateral = Collateral(
             model,
             clean_responses(responses, weighing.clean, seed),
@@ -120,11 +129,11 @@ class Objective:
 
     @property
     def parts(self) -> list["_Part"]:
-        """Batches, over which the objective is a sum: hallucinated captions, hallucinated answers, clean responses."""
+        """Batches, over which the objective is a sum: of hallucinated and true captions and answers, and clean ones."""
         return [part for group in self.groups for part in group]
 
     def drawn(self, n: int, generator: torch.Generator) -> list["_Part"]:
-        """Of each of these three n batches by lot, which stand for all of them."""
+        """Of each of these five n batches by lot, which stand for all of them."""
         found = []
         for group in self.groups:
             order = torch.randperm(len(group), generator=generator)[:n].tolist()
@@ -223,10 +232,12 @@ class _Reference:
 
 @dataclass(frozen=True)
 class _Mentions:
-    """Hallucinated decisions of one kind."""
+    """Decisions of one kind, all hallucinated or all true."""
 
     decided: Decided
     kind: str
+    sign: int
+    """1 of hallucinated ones, which are to be undone; -1 of true ones, which are to be kept."""
     weight: float
     each: float
     """One over how many there are."""
@@ -243,11 +254,12 @@ class _Mentions:
         return self.decided.position
 
     def figures(self, logits: Tensor) -> dict[str, Tensor]:
-        margin = self.decided.margin(precise(logits))
-        each = self.each * self.times
-        undone, positive = softplus(margin + self.slack).sum() * each, (margin > 0).sum() * each
+        margin, each = self.decided.margin(precise(logits)), self.each * self.times
+        loss = softplus(self.sign * margin + self.slack).sum() * each
+        if self.sign < 0:
+            return {"value": self.weight * loss, "kept": loss}
         named = {CAPTION: ("captions", "named"), QUESTION: ("questions", "affirmed")}[self.kind]
-        return {"value": self.weight * undone, named[0]: undone, named[1]: positive}
+        return {"value": self.weight * loss, named[0]: loss, named[1]: (margin > 0).sum() * each}
 
 
 @dataclass(frozen=True)
