@@ -26,7 +26,7 @@ from crosslayer import train as run_training
 from crosslayer.activations.capture import ModelSource
 from crosslayer.activations.record import Activations
 from crosslayer.files import read_tensors
-from crosslayer.training.fit import Interrupted, fit
+from crosslayer.training.fit import Interrupted, Training, fit
 from crosslayer.training.scales import estimate_scales
 from crosslayer.training.state import METRICS, STATE, StateFile
 from crosslayer.training.stream import Place, shuffled_batches
@@ -87,7 +87,7 @@ def fitted(coach: Trainer, run: Path, place: Place | None = None, source=None, s
     run.mkdir(exist_ok=True)
     place = place or Place()
     batches = shuffled_batches(source or Chunks(), SETTINGS.batch_tokens, SETTINGS.seed, place)
-    fit(coach, batches, place, run, StateFile(run, CONTEXT), checkpoint_seconds=seconds)
+    fit(Training(coach, batches, place, run, StateFile(run, CONTEXT)), checkpoint_seconds=seconds)
     return run
 
 

@@ -1,6 +1,7 @@
 """From a model and data to a run on disk: what is written, and what is refused before anything is lost."""
 
 import json
+import signal
 from functools import partial
 
 import pytest
@@ -23,8 +24,10 @@ from crosslayer import (
     workflow,
 )
 from crosslayer.activations.capture import ModelSource
+from crosslayer.training.fit import Interrupted
+from crosslayer.training.state import STATE
 from crosslayer.workflow import with_metrics
-from making import text_examples
+from making import Watched, text_examples
 
 
 def config(**settings) -> TrainConfig:
@@ -51,6 +54,32 @@ def test_a_run_is_trained_saved_and_put_in_place(llama, tmp_path, wiring, sparsi
     assert torch.equal(loaded.first_write, trained.first_write)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "metrics.jsonl", "model.safetensors"]
     assert ReplacementModel(llama, loaded).generate("a cat", max_new_tokens=3) is not None
+
+
+def test_trainings_at_once_are_those_alone_on_one_stream(llama, tmp_path, monkeypatch):
+    wirings = {"clt": Wiring.full(3), "plt": Wiring.per_layer(3)}
+    configs = {name: config(wiring=wiring) for name, wiring in wirings.items()}
+    for name, settings in configs.items():
+        train(llama, text_examples(40), settings, tmp_path / "alone" / name)
+    chunks: list[int] = []
+    own_batches = ModelSource._own_batches
+    monkeypatch.setattr(ModelSource, "_own_batches", lambda self, i: chunks.append(i) or own_batches(self, i))
+    together = {tmp_path / "together" / name: settings for name, settings in configs.items()}
+    data = Watched(text_examples(40), 200, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted, match=r"stopped after [\d,]+ and [\d,]+ tokens"):
+        workflow.train_at_once(llama, data, together)
+    assert all((run / STATE).exists() for run in together)
+    assert chunks == sorted(set(chunks))
+    workflow.train_at_once(llama, text_examples(40), together)
+    for run in together:
+        assert_same_files(run, tmp_path / "alone" / run.name, ("model.safetensors", "metrics.jsonl"))
+    with pytest.raises(UserError, match=r"seeds are \[0, 1\]"):
+        workflow.train_at_once(llama, data, {tmp_path / str(seed): config(seed=seed) for seed in (0, 1)})
+
+
+def assert_same_files(found, wanted, names):
+    for name in names:
+        assert (found / name).read_bytes() == (wanted / name).read_bytes()
 
 
 def test_training_explains_the_mlps_of_fresh_prompts(llava, tmp_path):

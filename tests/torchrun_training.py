@@ -26,7 +26,7 @@ from crosslayer.distributed.mesh import join, leave, restarts
 from crosslayer.distributed.state import CHECKPOINT, ShardedState, export_shares
 from crosslayer.team import LostError, Team, share
 from crosslayer.training.config import TrainConfig
-from crosslayer.training.fit import fit
+from crosslayer.training.fit import Training, fit
 from crosslayer.training.scales import estimate_scales
 from crosslayer.training.stream import Place, shuffled_batches, usable_tokens
 from crosslayer.training.trainer import Trainer
@@ -72,8 +72,9 @@ def main(run: Path, lives: int) -> None:
         moment = trainer, trainer.step_number + drawn.randrange(STRIDE), drawn.uniform(0.0, PAUSE)
         threading.Thread(target=kill_at, args=moment, daemon=True).start()
     batches = shuffled_batches(source, BATCH, 0, place, team.tokens)
-    place = fit(trainer, batches, place, run, states, checkpoint_seconds=0.05)
-    coder = trainer.finish(usable_tokens(source, place, BATCH, 100, 0, team.tokens))
+    training = Training(trainer, batches, place, run, states)
+    fit(training, checkpoint_seconds=0.05)
+    coder = trainer.finish(usable_tokens(source, training.place, BATCH, 100, 0, team.tokens))
     coder.save(run, partial(export_shares, mesh, coder.sharing))
     states.remove()
     leave()

@@ -38,7 +38,7 @@ from crosslayer.training.losses import FVU, KL, CrossEntropy
 from crosslayer.training.optimizers import Adam, Adam8bit, AdamW, Muon
 from crosslayer.training.revival import AuxK, DeadPenalty
 from crosslayer.wiring import Wiring
-from crosslayer.workflow import train, train_from_store
+from crosslayer.workflow import train, train_at_once, train_from_store
 
 __all__ = [
     "FVU",
@@ -100,5 +100,6 @@ __all__ = [
     "respond",
     "sweep",
     "train",
+    "train_at_once",
     "train_from_store",
 ]

@@ -1,7 +1,7 @@
 """The main job from end to end: from a model and data to a trained transcoder on disk."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from crosslayer.replacement.end_to_end import EndToEnd
 from crosslayer.replacement.model import ReplacementModel, check_match
 from crosslayer.team import ALONE, Team, check_alike, tell, together
 from crosslayer.training.config import TrainConfig
-from crosslayer.training.fit import fit
+from crosslayer.training.fit import Training, fit
 from crosslayer.training.losses import FVU, KL, CrossEntropy
 from crosslayer.training.objective import Reconstruction
 from crosslayer.training.scales import Scales, estimate_scales
@@ -79,11 +79,37 @@ def train(
     """
     if shard_model and not isinstance(config.loss, FVU):
         raise UserError("an end-to-end loss runs the model backwards too, which --shard-model cannot; leave it out")
-    team = ALONE if mesh is None else team_of(mesh)
-    source = ModelSource(model, data, seed=config.seed, team=team, in_step=shard_model)
-    origin = Provenance(model.id, model.revision, model.sites.read)
-    job = _Job(source, origin, {"n_examples": len(data)}, model.n_layers, model.d_model, mesh, model, data, shard_model)
+    job = _job(model, data, config.seed, mesh, shard_model)
     return _run(job, config, Path(out), start, resume, overwrite, checkpoint_seconds)
+
+
+def train_at_once(
+    model: LoadedModel,
+    data: Sequence[Example],
+    configs: Mapping[Path, TrainConfig],
+    *,
+    checkpoint_seconds: float = 60.0,
+) -> None:
+    """Train several transcoders on one stream, for which the model runs once; each is that of its own `train`.
+
+    Args:
+        model: frozen, with its sites proved.
+        data: what to run it on.
+        configs: by folder of the run, which is new or holds a state to go on from; all of one seed.
+        checkpoint_seconds: time between two states on disk.
+
+    Raises:
+        UserError: as `train` does, and for several seeds.
+        Interrupted: after Ctrl-C; the states are kept.
+    """
+    seeds = {config.seed for config in configs.values()}
+    if len(seeds) != 1:
+        raise UserError(f"seeds are {sorted(seeds)}; trainings on one stream have one")
+    job = _job(model, data, seeds.pop(), None)
+    begun = [_begun(job, config, run, resume=(run / STATE).exists()) for run, config in configs.items()]
+    fit(*begun, checkpoint_seconds=checkpoint_seconds)
+    for training in begun:
+        _ended(job, training)
 
 
 def train_from_store(
@@ -139,6 +165,13 @@ class _Job:
         return self.source.team
 
 
+def _job(model: LoadedModel, data: Sequence[Example], seed: int, mesh: Mesh | None, shard_model: bool = False) -> _Job:
+    team = ALONE if mesh is None else team_of(mesh)
+    source = ModelSource(model, data, seed=seed, team=team, in_step=shard_model)
+    origin, context = Provenance(model.id, model.revision, model.sites.read), {"n_examples": len(data)}
+    return _Job(source, origin, context, model.n_layers, model.d_model, mesh, model, data, shard_model)
+
+
 def _run(
     job: _Job,
     config: TrainConfig,
@@ -148,6 +181,20 @@ def _run(
     overwrite: bool,
     checkpoint_seconds: float,
 ) -> CrossLayerTranscoder:
+    training = _begun(job, config, run, start, resume, overwrite)
+    fit(training, checkpoint_seconds=checkpoint_seconds)
+    return _ended(job, training)
+
+
+def _begun(
+    job: _Job,
+    config: TrainConfig,
+    run: Path,
+    start: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Training:
+    """A training before its first step, its folder made ready."""
     if config.sparsity is not None:
         config.sparsity.check(len(config.wiring.source_layers), config.width(job.d_model))
     team, is_first = job.team, job.team.everyone.rank == 0
@@ -176,14 +223,17 @@ def _run(
             remove(run / CHECKPOINT)
         if is_first and isinstance(job.data, Examples):
             job.data.skipped.list_in(run / SKIPPED, resume=resume)
-    batches = _batches(source, config, place)
-    place = fit(trainer, batches, place, run, states, checkpoint_seconds=checkpoint_seconds)
-    coder = finish(origin, trainer, source, place)
+    return Training(trainer, _batches(source, config, place), place, run, states)
+
+
+def _ended(job: _Job, training: Training) -> CrossLayerTranscoder:
+    """What came of a training, saved as a run."""
+    coder = finish(job.origin, training.trainer, job.source, training.place)
     if job.mesh is None:
-        coder.save(run)
+        coder.save(training.run)
     else:
-        coder.save(run, partial(export_shares, job.mesh, coder.sharing))
-    states.remove()
+        coder.save(training.run, partial(export_shares, job.mesh, coder.sharing))
+    training.states.remove()
     return coder
 
 

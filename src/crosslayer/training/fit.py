@@ -1,12 +1,12 @@
-"""The training loop of one run: steps, a progress bar, a log, and a state on disk that survives any end."""
+"""The training loop of one run, or of several at once: steps, bars, logs, and states on disk that survive any end."""
 
 import json
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -30,58 +30,69 @@ class Interrupted(KeyboardInterrupt):
     """The training was asked to stop; its state is on disk."""
 
 
-def fit(
-    trainer: Trainer,
-    batches: Iterator[StreamBatch],
-    place: Place,
-    run: Path,
-    states: States,
-    *,
-    checkpoint_seconds: float = 60.0,
-) -> Place:
-    """Train to the end on `batches`, which begin at `place`.
+@dataclass
+class Training:
+    """One training under way."""
 
-    The state is kept every `checkpoint_seconds`, and whenever the loop is left. The first process of a team shows the
-    bar and writes the log.
+    trainer: Trainer
+    batches: Iterator[StreamBatch]
+    """They begin at `place`."""
+    place: Place
+    """In the stream, after the last step."""
+    run: Path
+    states: States
 
-    Returns:
-        The place in the stream after the last batch.
+
+def fit(*trainings: Training, checkpoint_seconds: float = 60.0) -> None:
+    """Train to the end; of several, the one that has seen the fewest tokens takes the next step.
+
+    So trainings of one seed on one source, which keeps its last chunk, have every chunk made once.
+
+    The states are kept every `checkpoint_seconds`, and whenever the loop is left. The first process of a team shows the
+    bars and writes the logs.
 
     Raises:
         Interrupted: after Ctrl-C or a termination signal, between two steps; on all processes, whoever got it.
-        UserError: when a loss is not a number; the state kept is the last good one.
+        UserError: when a loss is not a number; the states kept are the last good ones.
     """
     keep_freed_memory()
-    everyone = trainer.team.everyone
-    keep = _Keeper(trainer, states, place, checkpoint_seconds)
-    with _stop_flag(everyone) as stop, _bar(trainer) as bar, keep:
-        while not trainer.finished:
-            stopping, due = everyone.sum(torch.tensor([len(stop), keep.due and everyone.rank == 0])).tolist()
+    everyone = trainings[0].trainer.team.everyone
+    with _stop_flag(everyone) as stop, ExitStack() as stack:
+        loops = [stack.enter_context(_Loop(t, checkpoint_seconds, len(trainings) > 1)) for t in trainings]
+        while left := [loop for loop in loops if not loop.training.trainer.finished]:
+            stopping, due = everyone.sum(torch.tensor([len(stop), left[0].due and everyone.rank == 0])).tolist()
             if stopping:
                 break
             if due:
-                keep.save()
-            batch = next(batches)
-            metrics = trainer.step(batch.batch)
-            trainer.leave_out(batch.n_first, batch.n_outliers)
-            keep.place = batch.following
-            bar.update(min(metrics.tokens, trainer.config.tokens) - bar.n)
-            bar.set_postfix_str(_summary(metrics), refresh=False)
-            if metrics.step % LOG_EVERY == 0 or trainer.finished:
-                with together(everyone):
-                    if everyone.rank == 0:
-                        append_line(run / METRICS, json.dumps(asdict(metrics)))
-    if not trainer.finished:
-        raise Interrupted(f"stopped after {trainer.tokens:,} tokens; the same command with --resume goes on from there")
-    return keep.place
+                for loop in left:
+                    loop.save()
+            min(left, key=lambda loop: loop.training.trainer.tokens).step()
+    if left:
+        done = " and ".join(f"{training.trainer.tokens:,}" for training in trainings)
+        raise Interrupted(f"stopped after {done} tokens; the same command with --resume goes on from there")
 
 
-class _Keeper:
-    """Keeps the state of a training on disk: at its start, every so often, and when its loop is left between steps."""
+class _Loop:
+    """The steps of a training, its bar, its log and, at its start, every so often and at its end, its state on disk."""
 
-    def __init__(self, trainer: Trainer, states: States, place: Place, seconds: float):
-        self.trainer, self.states, self.place, self.seconds = trainer, states, place, seconds
-        self.saved = time.monotonic()
+    def __init__(self, training: Training, seconds: float, named: bool):
+        self.training, self.seconds, self.saved = training, seconds, time.monotonic()
+        self.bar = _bar(training.trainer, training.run.name if named else "train")
+
+    def step(self) -> None:
+        """Take one."""
+        training, trainer = self.training, self.training.trainer
+        batch = next(training.batches)
+        metrics = trainer.step(batch.batch)
+        trainer.leave_out(batch.n_first, batch.n_outliers)
+        training.place = batch.following
+        self.bar.update(min(metrics.tokens, trainer.config.tokens) - self.bar.n)
+        self.bar.set_postfix_str(_summary(metrics), refresh=False)
+        if metrics.step % LOG_EVERY == 0 or trainer.finished:
+            everyone = trainer.team.everyone
+            with together(everyone):
+                if everyone.rank == 0:
+                    append_line(training.run / METRICS, json.dumps(asdict(metrics)))
 
     @property
     def due(self) -> bool:
@@ -90,16 +101,18 @@ class _Keeper:
 
     def save(self) -> None:
         """Save now."""
-        self.states.save(self.trainer, self.place)
+        self.training.states.save(self.training.trainer, self.training.place)
         self.saved = time.monotonic()
 
-    def __enter__(self):
+    def __enter__(self) -> "_Loop":
         self.save()
+        return self
 
     def __exit__(self, kind, error, traceback):
+        self.bar.close()
         if kind is None or issubclass(kind, UserError):  # anything else may have hit in the middle of a step
             self.save()
-            self.states.close()
+            self.training.states.close()
 
 
 @contextmanager
@@ -128,10 +141,10 @@ def _stop_flag(everyone: Group) -> Iterator[list[float]]:
             signal.signal(number, handler)
 
 
-def _bar(trainer: Trainer) -> tqdm:
+def _bar(trainer: Trainer, name: str) -> tqdm:
     total, done = trainer.config.tokens, trainer.tokens
     quiet = trainer.team.everyone.rank > 0
-    return tqdm(total=total, initial=done, unit="tok", unit_scale=True, desc="train", dynamic_ncols=True, disable=quiet)
+    return tqdm(total=total, initial=done, unit="tok", unit_scale=True, desc=name, dynamic_ncols=True, disable=quiet)
 
 
 def _summary(metrics: StepMetrics) -> str:

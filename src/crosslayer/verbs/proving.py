@@ -37,7 +37,7 @@ from crosslayer.verbs.contrasting import contrast
 from crosslayer.verbs.scoring import BUNDLED_MODEL, SCORE, Truth, score
 from crosslayer.verbs.suppressing import SCENES, suppress, trial_in
 from crosslayer.wiring import Wiring
-from crosslayer.workflow import train
+from crosslayer.workflow import train_at_once
 
 REPORT, PAGE = "report.json", "report.html"
 TOKENS = 1_000_000
@@ -147,13 +147,11 @@ def _trained(out: Path, data: str | None, tokens: int, seed: int) -> tuple[str, 
     keep_freed_memory()
     model = load_model(BUNDLED_MODEL)
     wirings = {"clt": Wiring.full(model.n_layers), "plt": Wiring.per_layer(model.n_layers)}
-    for name, wiring in wirings.items():
-        folder = out / name
-        if is_run(str(folder)) and not (folder / STATE).exists():
-            continue
-        print(f"train {folder} on {tokens:,} tokens", flush=True)
-        config = TrainConfig(wiring=wiring, tokens=tokens, seed=seed)
-        train(model, load_data(EMOJI_SCENES, seed=seed), config, folder, resume=(folder / STATE).exists())
+    configs = {out / name: TrainConfig(wiring=wiring, tokens=tokens, seed=seed) for name, wiring in wirings.items()}
+    missing = {run: config for run, config in configs.items() if not is_run(str(run)) or (run / STATE).exists()}
+    if missing:
+        print(f"train {' and '.join(map(str, missing))} on {tokens:,} tokens", flush=True)
+        train_at_once(model, load_data(EMOJI_SCENES, seed=seed), missing)
     return str(out / "clt"), str(out / "plt")
 
 
