@@ -21,7 +21,7 @@ SMALL = {
     "contrast": "--traced 6 --resamples 20 --examples 1 --at-least 3",
     "circuits": "--cases 12 --max-features 8",
     "suppress": "--at-most 8 --steps 4 --ranked 1 --sets 1 --control-images 12 --cases 10 --at-least 5 "
-    "--clean 2 --strengths 1 --points 30",
+    "--clean 2 --strengths 1 --points 30 --workers 2",
     "report": "--doses -1 1",
     "generate": "",
 }

@@ -33,7 +33,7 @@ FLOORS = (
     {"data"},
     {"zoo"},
     {f"distributed.{name}" for name in ("crew", "joining", "meeting", "mesh", "results")},
-    {"wiring", "metrics", "files", "mapped", "memory", "variants", "team", "errors", "drawing"},
+    {"wiring", "metrics", "files", "mapped", "memory", "variants", "team", "errors", "drawing", "processes"},
 )
 """From top to bottom: a module imports from its own floor and from those below. A file of a package that stands
 elsewhere than the package is named for itself."""

@@ -63,7 +63,7 @@ def test_reads_are_the_stream_where_decisions_are_made(llama, objective):
 
 
 def test_the_best_layer_and_action_are_those_of_the_least_objective(objective):
-    strategy = Along(direction=mean_difference, actions=(Add(-1.0), Ablate()))
+    strategy = Along(direction="mean-difference", actions=(Add(-1.0), Ablate()))
     found = strategy.choose(objective, finished_coder(Wiring.full(3)))
     values = [step.terms.value for step in found.path]
     assert len(values) == 6

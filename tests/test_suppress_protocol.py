@@ -11,7 +11,7 @@ import crosslayer as xl
 from crosslayer import Ablate, Intervention, Part, UserError, cli
 from crosslayer.hallucination.responses import read_responses, write_responses
 from crosslayer.hallucination.suppress.calibration import Calibration
-from crosslayer.hallucination.suppress.everything import Plan, read_features, suppress
+from crosslayer.hallucination.suppress.everything import Contest, Plan, read_features
 from crosslayer.hallucination.suppress.objective import Weighing
 from crosslayer.hallucination.suppress.protocol import Protocol, Trial
 from crosslayer.hallucination.synonyms import EMOJI, load_table
@@ -57,9 +57,13 @@ def trial(model, folder, settings=SETTINGS, **more):
     return Trial(model, read_responses(folder / "responses.jsonl"), folder, load_table(EMOJI), settings, **more)
 
 
+def contest(trial, coder):
+    return Contest(trial=trial, coder=coder, plan=PLAN, beside=coder, circuit=((0, 1), (2, 2)))
+
+
 @pytest.fixture(scope="module")
 def first(model, coder, folder):
-    return suppress(trial(model, folder), coder, plan=PLAN, beside=coder, circuit=((0, 1), (2, 2)))
+    return contest(trial(model, folder), coder).result()
 
 
 def test_every_method_ends_in_a_file_and_the_edit_loads_on_the_original(model, coder, folder, first):
@@ -88,17 +92,36 @@ def test_what_is_finished_is_read_and_not_run_again(model, coder, folder, first,
     monkeypatch.setattr(type(again), "_tested", None)  # whoever calls it fails
     monkeypatch.setattr(type(again), "_calibrated", None)
     monkeypatch.setattr(type(again), "_chosen", None)
-    second = suppress(again, coder, plan=PLAN, beside=coder, circuit=((0, 1), (2, 2)))
+    second = contest(again, coder).result()
     assert [o.test for o in second.outcomes] == [o.test for o in first.outcomes]
     assert second.chance == first.chance
+
+
+def test_what_is_done_piece_by_piece_is_the_whole(model, coder, folder, first, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(folder / "responses.jsonl", out)
+    for names in contest(trial(model, out), coder).rounds:
+        for name in names:
+            contest(trial(model, out), coder).do(name)
+    last = trial(model, out)
+    monkeypatch.setattr(type(last), "_chosen", None)  # whoever calls it fails
+    found = contest(last, coder).result()
+    assert [o.test for o in found.outcomes] == [o.test for o in first.outcomes]
+    assert (found.kept, found.chance) == (first.kept, first.chance)
+
+
+def test_what_an_outcome_depends_on_is_told_alike_in_every_process(model, coder, folder):
+    methods = contest(trial(model, folder), coder).ours | contest(trial(model, folder), coder).baselines
+    assert not [name for name, method in methods.items() if " at 0x" in repr(method.strategy)]
 
 
 def test_a_second_test_with_other_settings_is_refused_or_counted(model, coder, folder, first, tmp_path):
     shutil.copytree(folder, tmp_path / "out")
     other = Plan(steps=1, at_most=3, ranked=2, sets=0)
     with pytest.raises(UserError, match=r"descent.json: was tested .* --again"):
-        suppress(trial(model, tmp_path / "out"), coder, plan=other)
-    second = suppress(trial(model, tmp_path / "out", again=True), coder, plan=other)
+        Contest(trial=trial(model, tmp_path / "out"), coder=coder, plan=other).result()
+    second = Contest(trial=trial(model, tmp_path / "out", again=True), coder=coder, plan=other).result()
     assert second.outcome("descent").tests == 2
 
 

@@ -1,18 +1,12 @@
 """Graphs of many examples: a small file each, so that what ends early goes on where it was."""
 
 import hashlib
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from functools import partialmethod
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -27,6 +21,7 @@ from crosslayer.distributed.crew import ALONE, Crew
 from crosslayer.errors import UserError
 from crosslayer.files import appeared
 from crosslayer.models.load import LoadedModel
+from crosslayer.processes import working
 
 GRAPHS = "graphs"
 """Folder, inside that of the output, with a file for each graph."""
@@ -218,19 +213,10 @@ def _shared(
     workers: Workers, tracer: _Tracer, cases: Sequence[Case], missing: Mapping[int, Path]
 ) -> Iterator[tuple[str, str]]:
     """The same by several processes, in the same order."""
-    start = (workers.load, tracer.run, tracer.tracing)
-    pool = ProcessPoolExecutor(workers.n, get_context("spawn"), initializer=_begin, initargs=start)
     jobs = iter(missing.items())
-    try:
+    with working(workers.n, _begin, workers.load, tracer.run, tracer.tracing) as pool:
         while some := list(islice(jobs, AHEAD * workers.n)):
             yield from pool.map(_work, [(file, cases[i]) for i, file in some])
-    except BrokenProcessPool:
-        raise UserError(
-            f"one of {workers.n} workers ended without a word, most likely for want of memory; choose fewer --workers; "
-            "the graphs made so far are kept"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 _here: list[_Tracer] = []
@@ -238,10 +224,6 @@ _here: list[_Tracer] = []
 
 
 def _begin(load: Callable, run: str, tracing: Tracing) -> None:
-    """Make this process a worker: one thread, no bars of its own, and the one that started it minds Ctrl-C."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # pyright: ignore
     coder, model = load()
     _here.append(_Tracer(model, coder, run, tracing))
 

@@ -79,7 +79,7 @@ def report(
         int, arg(help="Images of the test for the dose curves, and on which chance is measured.")
     ] = Protocol.control_images,
     doses: Annotated[tuple[float, ...], arg(help="Strengths of the dose curves; some below 0.")] = DOSES,
-    workers: Annotated[int, arg(help="Processes that trace circuits.")] = 1,
+    workers: Annotated[int, arg(help="Processes that trace circuits and try methods.")] = 1,
     seed: Annotated[int, arg(help="Seed of the trainings, the scenes, the splits and of all that is drawn.")] = 0,
     batch_prompts: Annotated[int, arg(help="Prompts in one pass.")] = Protocol.batch_prompts,
     model: OtherModel = None,
@@ -124,7 +124,7 @@ def report(
             lambda: suppress(
                 str(run), data, out=out, beside=beside, circuit=_circuit(out), plan=plan, weighing=weighing,
                 calibration=calibration, control_images=control_images, seed=seed, batch_prompts=batch_prompts,
-                model=model, loading=loading,
+                workers=workers, model=model, loading=loading,
             ),
         ),
     )  # fmt: skip

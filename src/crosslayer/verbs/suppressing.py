@@ -1,8 +1,11 @@
 """The verb `hallucination suppress`: an edit of the original model under which it names less that is not there."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+from tqdm import tqdm
 from tyro.conf import Positional, arg
 
 from crosslayer.coders.transcoder import CrossLayerTranscoder
@@ -13,13 +16,13 @@ from crosslayer.files import read_json
 from crosslayer.hallucination.responses import RESPONSES, read_responses
 from crosslayer.hallucination.rewriting import without
 from crosslayer.hallucination.suppress.calibration import Calibration
-from crosslayer.hallucination.suppress.everything import EDIT, Plan, read_features
-from crosslayer.hallucination.suppress.everything import suppress as run_suppression
+from crosslayer.hallucination.suppress.everything import EDIT, Contest, Plan, read_features
 from crosslayer.hallucination.suppress.objective import Weighing
 from crosslayer.hallucination.suppress.protocol import Protocol, Trial
 from crosslayer.hallucination.synonyms import EMOJI, load_table
-from crosslayer.model_options import AS_SAVED
+from crosslayer.model_options import AS_SAVED, RunOptions
 from crosslayer.models.load import LoadedModel
+from crosslayer.processes import working
 from crosslayer.verbs.arguments import OtherModel, Run, RunLoading, check_positive, load_run
 from crosslayer.verbs.scoring import SCORE, Truth, score
 from crosslayer.verbs.suppress_tables import suppress_tables
@@ -49,6 +52,7 @@ def suppress(
     seed: Annotated[int, arg(help="Seed of the splits, of all that is drawn, and of scenes to score first.")] = 0,
     batch_prompts: Annotated[int, arg(help="Prompts in one pass.")] = Protocol.batch_prompts,
     again: Annotated[bool, arg(help="Test once more what was tested with other settings; the files count it.")] = False,
+    workers: Annotated[int, arg(help="Processes that try methods, each with one thread.")] = 1,
     model: OtherModel = None,
     loading: RunLoading = AS_SAVED,
 ) -> None:
@@ -58,10 +62,8 @@ def suppress(
     result is measured once on a third, beside a difference of means, a linear probe, and features and directions drawn
     by lot. A method that is finished is read from its file.
     """
-    check_positive(control_images=control_images, batch_prompts=batch_prompts)
+    check_positive(control_images=control_images, batch_prompts=batch_prompts, workers=workers)
     coder, loaded = load_run(run, model, loading)
-    other = None if beside is None else CrossLayerTranscoder.load(beside, offload=loading.offload).requires_grad_(False)
-    features = () if circuit is None else read_features(circuit)
     if not (out / RESPONSES).exists():
         score(
             loaded.id,
@@ -80,10 +82,58 @@ def suppress(
         seed=seed,
         batch_prompts=batch_prompts,
     )
-    trial = trial_in(out, loaded, settings, again=again)
-    result = run_suppression(trial, coder.requires_grad_(False), plan=plan, beside=other, circuit=features)
-    print(suppress_tables(result))
+    trial = partial(trial_in, out, settings=settings, again=again)
+    made = partial(_contest, plan=plan, beside=beside, circuit=circuit, loading=loading)
+    contest = made(coder, trial(loaded))
+    if workers > 1:
+        _do_at_once(contest, workers, partial(_loaded, run, model, loading, trial, made))
+    print(suppress_tables(contest.result()))
     print(f"\nthe edit is {out / EDIT}; try it: crosslayer generate {run} --edit {out / EDIT} --prompt ... --image ...")
+
+
+def _contest(
+    coder: CrossLayerTranscoder,
+    trial: Trial,
+    *,
+    plan: Plan,
+    beside: str | None,
+    circuit: Path | None,
+    loading: RunOptions,
+) -> Contest:
+    other = None if beside is None else CrossLayerTranscoder.load(beside, offload=loading.offload).requires_grad_(False)
+    features = () if circuit is None else read_features(circuit)
+    return Contest(trial=trial, coder=coder, plan=plan, beside=other, circuit=features)
+
+
+def _loaded(
+    run: str, model: str | None, loading: RunOptions, trial: Callable[..., Trial], made: Callable[..., Contest]
+) -> Contest:
+    """The same in a process of its own."""
+    coder, loaded = load_run(run, model, loading)
+    return made(coder, trial(loaded))
+
+
+def _do_at_once(contest: Contest, workers: int, load: Callable[[], Contest]) -> None:
+    """Let several processes do all that the contest has to do; it finds their files."""
+    with (
+        working(workers, _begin, load) as pool,
+        tqdm(total=sum(map(len, contest.rounds)), unit="method", desc="suppress", disable=None, leave=False) as bar,
+    ):
+        for names in contest.rounds:
+            for _ in pool.map(_work, names):
+                bar.update()
+
+
+_here: list[Contest] = []
+"""Of a worker: its contest."""
+
+
+def _begin(load: Callable[[], Contest]) -> None:
+    _here.append(load())
+
+
+def _work(name: str) -> None:
+    _here[0].do(name)
 
 
 def trial_in(out: Path, model: LoadedModel, settings: Protocol, *, again: bool = False) -> Trial:

@@ -36,19 +36,21 @@ Direction = Callable[[Float[Tensor, "n D"], Float[Tensor, "m D"]], Float[Tensor,
 class Along:
     """Takes a direction away from the stream, at the layer and in the way that lowers the objective most."""
 
-    direction: Direction
+    direction: str
+    """One of `DIRECTIONS`."""
     where: Where = Part("text")  # noqa: RUF009
     actions: tuple[Action, ...] = (Add(-1.0), Add(-2.0), Ablate())
     """Ways tried at each layer: the vector once, twice, or the stream's whole part along it."""
-    drawn: int = 4
-    """Batches of hallucinated captions, answers and clean responses that all of these are tried on."""
+    drawn: int = 2
+    """Batches of each kind of decision, and of clean responses, that all of these are tried on."""
 
     def choose(self, objective: Objective, coder: CrossLayerTranscoder) -> Chosen:
         """See `Strategy.choose`."""
         wrong, right = (
             reads_at(objective.model, made, objective.folder) for made in (objective.hallucinated, objective.true)
         )
-        vectors = [self.direction(wrong[:, layer], right[:, layer]) for layer in range(wrong.shape[1])]
+        direction = DIRECTIONS[self.direction]
+        vectors = [direction(wrong[:, layer], right[:, layer]) for layer in range(wrong.shape[1])]
         tried = [
             Steer(layer=layer, vector=vector, action=action, where=self.where, site="read")
             for layer, vector in enumerate(vectors)
@@ -80,6 +82,9 @@ def probe(wrong: Float[Tensor, "n D"], right: Float[Tensor, "m D"]) -> Float[Ten
     unit = weights.to(spread) / spread
     unit = unit / unit.norm()
     return unit * (unit @ mean_difference(wrong, right))
+
+
+DIRECTIONS: dict[str, Direction] = {"mean-difference": mean_difference, "probe": probe}
 
 
 def logistic(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, " n"], penalty: float = 1.0) -> Float[np.ndarray, " K"]:

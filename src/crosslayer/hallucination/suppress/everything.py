@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from crosslayer.files import read_json, write_json
 from crosslayer.hallucination.suppress.calibration import at_kl, left, losses
 from crosslayer.hallucination.suppress.chance import habits, matched_sets, random_directions, write_norms
 from crosslayer.hallucination.suppress.descent import Descent
-from crosslayer.hallucination.suppress.directions import Along, mean_difference, probe
+from crosslayer.hallucination.suppress.directions import DIRECTIONS, Along
 from crosslayer.hallucination.suppress.figures import Dose, figures
 from crosslayer.hallucination.suppress.outcome import Outcome
 from crosslayer.hallucination.suppress.protocol import Method, Trial
@@ -22,7 +23,7 @@ from crosslayer.replacement.interventions import Intervention
 
 SUPPRESS, EDIT = "suppress.json", "edit.json"
 """Names in a folder of results: what came out, and the edit that is kept."""
-RANDOM_FEATURES, RANDOM_DIRECTIONS = "random-features", "random-directions"
+RANDOM_FEATURES, RANDOM_DIRECTIONS = CHANCE = ("random-features", "random-directions")
 BESIDE = "beside"
 
 
@@ -100,15 +101,9 @@ class Suppression:
         write_json(path, _plain(record | {"outcomes": methods}))
 
 
-def suppress(
-    trial: Trial,
-    coder: CrossLayerTranscoder,
-    *,
-    plan: Plan = Plan(),
-    beside: CrossLayerTranscoder | None = None,
-    circuit: Sequence[Feature] = (),
-) -> Suppression:
-    """Try all methods, measure chance, and keep the best edit by features of the transcoder as `edit.json`.
+@dataclass(frozen=True, kw_only=True)
+class Contest:
+    """All methods on one trial.
 
     Args:
         trial: the responses, and what is done with them.
@@ -116,35 +111,93 @@ def suppress(
         plan: which methods.
         beside: another of the same model, a PLT for one, by the same descent.
         circuit: features chosen elsewhere, tried as a method of their own.
-
-    Raises:
-        UserError: as the stages do.
     """
-    before = figures(trial.before)
-    descent = plan.descent(trial.settings.seed)
-    ours = [trial.run(Method(name=n, strategy=s, coder=coder)) for n, s in _strategies(descent, plan, circuit)]
-    others = [trial.run(method) for method in _baselines(descent, coder, beside)]
-    kept = min(ours, key=lambda outcome: _rank(outcome))
-    assert kept.strength is not None
-    EditFile.of(trial.model, coder, kept.edits, kept.strength).save(trial.folder / EDIT)
-    found = Suppression(
-        settings={
-            "seed": trial.settings.seed,
-            "rule": trial.settings.calibration.rule,
-            **asdict(trial.settings),
-            **asdict(plan),
-        },
-        responses={name: len(part) for name, part in trial.splits.items()},
-        before=before,
-        outcomes=(*ours, *others),
-        kept=kept.method,
-        comparisons=tuple(_comparisons(kept, others)),
-        control=trial.control.dose(coder, kept.edits, kept.strength)[0].figures,
-        unedited_control=figures(trial.control.ask()),
-        chance=_chance(trial, coder, kept, plan),
-    )
-    found.save(trial.folder / SUPPRESS)
-    return found
+
+    trial: Trial
+    coder: CrossLayerTranscoder
+    plan: Plan = Plan()
+    beside: CrossLayerTranscoder | None = None
+    circuit: Sequence[Feature] = ()
+
+    @cached_property
+    def ours(self) -> dict[str, Method]:
+        """Methods that turn down features of the transcoder, by name."""
+        strategies: dict[str, Strategy] = {"descent": self._descent, "ranked": Ranked(n=self.plan.ranked)}
+        if self.circuit:
+            strategies["circuit"] = Given(features=tuple(self.circuit))
+        return {name: Method(name=name, strategy=s, coder=self.coder) for name, s in strategies.items()}
+
+    @cached_property
+    def baselines(self) -> dict[str, Method]:
+        """The other methods."""
+        found = [] if self.beside is None else [Method(name=BESIDE, strategy=self._descent, coder=self.beside)]
+        found += [Method(name=name, strategy=Along(direction=name), coder=self.coder) for name in DIRECTIONS]
+        return {method.name: method for method in found}
+
+    @property
+    def rounds(self) -> tuple[Sequence[str], ...]:
+        """Names of what there is to do, each of which ends in a file; those of a round do not wait for each other."""
+        methods = self.ours | self.baselines
+        return sorted(methods, key=lambda name: not isinstance(methods[name].strategy, Descent)), CHANCE
+
+    def do(self, name: str) -> None:
+        """One of these."""
+        if name in CHANCE:
+            self.chance(name)
+        else:
+            self.trial.run((self.ours | self.baselines)[name])
+
+    @cached_property
+    def kept(self) -> Outcome:
+        """Of those by features of the transcoder, the best on the images for calibrating."""
+        return min(map(self.trial.run, self.ours.values()), key=_rank)
+
+    def chance(self, name: str) -> tuple[Dose, ...]:
+        """Doses of random sets of features or of directions at the strength of the kept edit; none without one."""
+        trial, strength, sets = self.trial, self.kept.strength, self.plan.sets
+        edits = [edit for edit in self.kept.edits if isinstance(edit, Intervention)]
+        if not (sets and edits and strength):
+            return ()
+        coder, where, seed = self.coder, edits[0].where, trial.settings.seed
+        if name == RANDOM_DIRECTIONS:
+            norms = write_norms(trial.objective, coder, edits, strength, where)
+            drawn = random_directions(norms, coder.d_model, where, sets, seed)
+            return tuple(trial.chance(name, coder, drawn, 1.0))
+        alike = matched_sets(habits(trial.objective, coder, where), coder.sources, edits, sets, seed)
+        return tuple(trial.chance(name, coder, alike, strength))
+
+    def result(self) -> Suppression:
+        """Do what is not done yet, and keep the best edit as `edit.json`.
+
+        Raises:
+            UserError: as the stages do.
+        """
+        trial, kept = self.trial, self.kept
+        others = [trial.run(method) for method in self.baselines.values()]
+        assert kept.strength is not None
+        EditFile.of(trial.model, self.coder, kept.edits, kept.strength).save(trial.folder / EDIT)
+        found = Suppression(
+            settings={
+                "seed": trial.settings.seed,
+                "rule": trial.settings.calibration.rule,
+                **asdict(trial.settings),
+                **asdict(self.plan),
+            },
+            responses={name: len(part) for name, part in trial.splits.items()},
+            before=figures(trial.before),
+            outcomes=(*map(trial.run, self.ours.values()), *others),
+            kept=kept.method,
+            comparisons=tuple(_comparisons(kept, others)),
+            control=trial.control.dose(self.coder, kept.edits, kept.strength)[0].figures,
+            unedited_control=figures(trial.control.ask()),
+            chance={name: doses for name in CHANCE if (doses := self.chance(name))},
+        )
+        found.save(trial.folder / SUPPRESS)
+        return found
+
+    @property
+    def _descent(self) -> Descent:
+        return self.plan.descent(self.trial.settings.seed)
 
 
 def read_features(path: Path) -> tuple[Feature, ...]:
@@ -162,20 +215,6 @@ def read_features(path: Path) -> tuple[Feature, ...]:
     if not found:
         raise UserError(f'{path}: holds no features; give a list such as [{{"layer": 3, "feature": 17}}]')
     return found
-
-
-def _strategies(descent: Descent, plan: Plan, circuit: Sequence[Feature]) -> Iterator[tuple[str, Strategy]]:
-    yield "descent", descent
-    yield "ranked", Ranked(n=plan.ranked)
-    if circuit:
-        yield "circuit", Given(features=tuple(circuit))
-
-
-def _baselines(descent: Descent, coder: CrossLayerTranscoder, beside: CrossLayerTranscoder | None) -> Iterator[Method]:
-    if beside is not None:
-        yield Method(name=BESIDE, strategy=descent, coder=beside)
-    yield Method(name="mean-difference", strategy=Along(direction=mean_difference), coder=coder)
-    yield Method(name="probe", strategy=Along(direction=probe), coder=coder)
 
 
 def _rank(outcome: Outcome) -> tuple[float, float]:
@@ -198,22 +237,6 @@ def _comparisons(kept: Outcome, others: Sequence[Outcome]) -> Iterator[Compariso
                     value=mine.figures[measure],
                     others=at_kl(other.doses, measure, mine.kl),
                 )
-
-
-def _chance(trial: Trial, coder: CrossLayerTranscoder, kept: Outcome, plan: Plan) -> dict[str, tuple[Dose, ...]]:
-    """Doses of random sets at the strength of the kept edit."""
-    edits = [edit for edit in kept.edits if isinstance(edit, Intervention)]
-    strength, seed = kept.strength, trial.settings.seed
-    if not (plan.sets and edits and strength):
-        return {}
-    where = edits[0].where
-    sets = matched_sets(habits(trial.objective, coder, where), coder.sources, edits, plan.sets, seed)
-    norms = write_norms(trial.objective, coder, edits, strength, where)
-    directions = random_directions(norms, coder.d_model, where, plan.sets, seed)
-    return {
-        RANDOM_FEATURES: tuple(trial.chance(RANDOM_FEATURES, coder, sets, strength)),
-        RANDOM_DIRECTIONS: tuple(trial.chance(RANDOM_DIRECTIONS, coder, directions, 1.0)),
-    }
 
 
 def _plain(value: Any) -> Any:

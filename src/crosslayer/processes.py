@@ -1,0 +1,61 @@
+"""Processes that this one starts to share its work."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partialmethod
+from multiprocessing import active_children, get_context, parent_process
+from threading import Thread
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from crosslayer.errors import UserError
+
+
+@contextmanager
+def working(n: int, begin: Callable[..., None], *args: Any) -> Iterator[ProcessPoolExecutor]:
+    """A pool of n new processes with one thread each, which end at once when this one is interrupted, or ends.
+
+    Args:
+        n: how many.
+        begin: what each starts with; a function at the top of a module.
+        *args: for it.
+
+    Raises:
+        UserError: when one of them dies.
+    """
+    pool = ProcessPoolExecutor(n, get_context("spawn"), initializer=_begin, initargs=(begin, args))
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise UserError(
+            f"one of {n} workers ended without a word, most likely for want of memory; choose fewer --workers; what "
+            "was finished is kept"
+        ) from None
+    except KeyboardInterrupt:
+        for child in active_children():
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(begin: Callable[..., None], args: tuple[Any, ...]) -> None:
+    """Make this process a worker: no bars of its own, and the one that started it minds Ctrl-C."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # pyright: ignore
+    Thread(target=_end_with_parent, daemon=True).start()
+    begin(*args)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
