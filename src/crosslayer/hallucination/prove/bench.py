@@ -103,9 +103,9 @@ class Bench:
         return [self.at(outcome, strength, self.trial.control, "dose") for strength in sorted(strengths)]
 
     def at_equal_kl(self, outcome: Outcome) -> Tried:
-        """On the test, a method's edit as strong as it takes for the kept edit's KL on the images for calibrating."""
-        wanted = next(dose.kl for dose in self.kept.doses if dose.strength == self.kept.strength)
-        collateral = self.trial.calibrating.collateral
+        """A method's edit as strong as it takes for the kept edit's KL on clean responses of the test."""
+        assert self.kept.test is not None
+        wanted, collateral = self.kept.test.kl, self.trial.testing.collateral
         low, high = 0.0, HIGHEST
         for _ in range(STEPS):
             middle = (low + high) / 2
