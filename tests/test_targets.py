@@ -100,7 +100,7 @@ def test_several_tokens_of_an_answer_are_explained_in_one_graph(llama):
     coder = finished_coder(coder_of(llama).wiring, D=llama.d_model)
     both = attribute(llama, coder, "is there a cat ?", response="yes there is", token=[0, 2], at_most=2)
     at = {node.position for node in both.nodes if node.kind == "target"}
-    assert at == {len(both.tokens) - 5, len(both.tokens) - 3}
+    assert at == {len(both.tokens) - 3, len(both.tokens) - 1}
     assert both.scores.worst_row_gap < 1e-5
     alone = attribute(llama, coder, "is there a cat ?", response="yes there is", token=2, at_most=2)
     for node in alone.nodes:

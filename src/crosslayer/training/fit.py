@@ -77,7 +77,7 @@ class _Loop:
 
     def __init__(self, training: Training, seconds: float, named: bool):
         self.training, self.seconds, self.saved = training, seconds, time.monotonic()
-        self.bar = _bar(training.trainer, training.run.name if named else "train")
+        self.name = training.run.name if named else "train"
 
     def step(self) -> None:
         """Take one."""
@@ -106,6 +106,7 @@ class _Loop:
 
     def __enter__(self) -> "_Loop":
         self.save()
+        self.bar = _bar(self.training.trainer, self.name)
         return self
 
     def __exit__(self, kind, error, traceback):
