@@ -66,7 +66,9 @@ def test_trainings_at_once_are_those_alone_on_one_stream(llama, tmp_path, monkey
     monkeypatch.setattr(ModelSource, "_own_batches", lambda self, i: chunks.append(i) or own_batches(self, i))
     together = {tmp_path / "together" / name: settings for name, settings in configs.items()}
     data = Watched(text_examples(40), 200, lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(Interrupted, match=r"stopped after [\d,]+ and [\d,]+ tokens"):
+    with pytest.raises(
+        Interrupted, match=r"stopped after [\d,]+ and [\d,]+ tokens; the same once more goes on from there"
+    ):
         workflow.train_at_once(llama, data, together)
     assert all((run / STATE).exists() for run in together)
     assert chunks == sorted(set(chunks))

@@ -8,7 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partialmethod
 from multiprocessing import active_children, get_context, parent_process
-from threading import Thread
+from threading import RLock, Thread
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ def _begin(begin: Callable[..., None], args: tuple[Any, ...]) -> None:
     """Make this process a worker: no bars of its own, and the one that started it minds Ctrl-C."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(RLock())  # its own would be a semaphore of the system, which a process that is ended leaves behind
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # pyright: ignore
     Thread(target=_end_with_parent, daemon=True).start()
     begin(*args)

@@ -107,7 +107,7 @@ def train_at_once(
         raise UserError(f"seeds are {sorted(seeds)}; trainings on one stream have one")
     job = _job(model, data, seeds.pop(), None)
     begun = [_begun(job, config, run, resume=(run / STATE).exists()) for run, config in configs.items()]
-    fit(*begun, checkpoint_seconds=checkpoint_seconds)
+    fit(*begun, checkpoint_seconds=checkpoint_seconds, again="the same once more")
     for training in begun:
         _ended(job, training)
 

@@ -43,13 +43,13 @@ class Training:
     states: States
 
 
-def fit(*trainings: Training, checkpoint_seconds: float = 60.0) -> None:
+def fit(*trainings: Training, checkpoint_seconds: float = 60.0, again: str = "the same command with --resume") -> None:
     """Train to the end; of several, the one that has seen the fewest tokens takes the next step.
 
     So trainings of one seed on one source, which keeps its last chunk, have every chunk made once.
 
     The states are kept every `checkpoint_seconds`, and whenever the loop is left. The first process of a team shows the
-    bars and writes the logs.
+    bars and writes the logs. `again` says what goes on after an interruption.
 
     Raises:
         Interrupted: after Ctrl-C or a termination signal, between two steps; on all processes, whoever got it.
@@ -69,7 +69,7 @@ def fit(*trainings: Training, checkpoint_seconds: float = 60.0) -> None:
             min(left, key=lambda loop: loop.training.trainer.tokens).step()
     if left:
         done = " and ".join(f"{training.trainer.tokens:,}" for training in trainings)
-        raise Interrupted(f"stopped after {done} tokens; the same command with --resume goes on from there")
+        raise Interrupted(f"stopped after {done} tokens; {again} goes on from there")
 
 
 class _Loop:
