@@ -67,6 +67,7 @@ def smollm2_shaped() -> xl.LoadedModel:
         num_attention_heads=9,
         num_key_value_heads=3,
         max_position_embeddings=512,
+        tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     sites, proof = resolve_sites(model, "resid", probe(model, None, False))

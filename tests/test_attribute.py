@@ -88,7 +88,7 @@ def test_what_features_write_constants_and_errors_are_every_write(settings):
     for a, position in enumerate(parts.active.positions):
         for t, write in writes_of(parts, coder, a).items():
             whole[t, position] += write
-    for t, (write, written) in enumerate(zip(local.writes, parts.written, strict=True)):
+    for t, (write, written) in enumerate(zip(local.writes, parts.written.values(), strict=True)):
         torch.testing.assert_close(whole[t], write[0])
         sums = [terms.sum(0) for terms in written.terms.split([count + 2 for count in written.counts])]
         torch.testing.assert_close(torch.stack(sums), write[0])

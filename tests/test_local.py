@@ -10,7 +10,7 @@ from crosslayer.coders.input_norm import LayerNorm
 from crosslayer.models.probe import probe
 from crosslayer.models.prompts import Batch, prepare
 from crosslayer.models.resolve import resolve_sites
-from crosslayer.replacement.carrying import Sources
+from crosslayer.replacement.carrying import Sources, Step
 from crosslayer.replacement.local import LocalReplacement, trace
 from families import PICTURE, TEXT, VISUAL, FamilyProcessor, family
 from making import random_coder, traces
@@ -66,9 +66,14 @@ def onto(sources: Sources, writes: dict[int, torch.Tensor], entries: dict[int, t
     return found
 
 
+def kept(sources: Sources) -> list[Step]:
+    """All steps at once; each overwrites the gradients of the one before."""
+    return [replace(step, entry=step.entry.clone(), write=step.write.clone()) for step in sources.steps]
+
+
 def total(local: LocalReplacement, sources: Sources) -> torch.Tensor:
     """What all sources together amount to, for each row."""
-    steps = list(sources.steps)
+    steps = kept(sources)
     found = onto(
         Sources(sources.n_rows, iter(steps)), dict(enumerate(local.writes)), {0: local.stream, **local.between}
     )
@@ -134,9 +139,7 @@ def test_a_transcoder_that_still_learns_gives_the_same():
     coder, batch = coder_of(model, skip=Wiring.full(2)), prompt_of(model)
     vector = torch.ones(1, model.d_model).double()
     last = [
-        list(trace(model, coder.requires_grad_(learns), batch).into_reads(at(1, 1), torch.tensor([3]), vector).steps)[
-            -1
-        ]
+        kept(trace(model, coder.requires_grad_(learns), batch).into_reads(at(1, 1), torch.tensor([3]), vector))[-1]
         for learns in (False, True)
     ]
     assert torch.equal(last[0].entry, last[1].entry)
@@ -170,7 +173,7 @@ def test_a_row_of_several_entries_is_the_sum_of_theirs():
     model = loaded("llama")
     local = trace(model, coder_of(model), prompt_of(model))
     layer, position, vectors = torch.tensor([1, 1, 0]), torch.tensor([2, 3, 1]), torch.randn(3, model.d_model).double()
-    alone = list(local.into_reads(layer, position, vectors).steps)
-    summed = list(local.into_reads(layer[1:], position, vectors, torch.tensor([0, 0, 1])).steps)
+    alone = kept(local.into_reads(layer, position, vectors))
+    summed = kept(local.into_reads(layer[1:], position, vectors, torch.tensor([0, 0, 1])))
     for one, two in zip(alone, summed, strict=True):
         torch.testing.assert_close(two.entry, torch.cat([one.entry[:2].sum(0)[None], one.entry[2:]]))

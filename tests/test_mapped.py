@@ -2,15 +2,16 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch.utils._pytree import tree_map_only
 
-from crosslayer import CrossLayerTranscoder, ReplacementModel, TopK, UserError, Wiring, attribute
+from crosslayer import CrossLayerTranscoder, ReplacementModel, TopK, UserError, Wiring, attribute, mapped
 from crosslayer.coders.decoders import Full, LowRank, SourceAndTargetTied, SourceTied, TargetTied
-from crosslayer.mapped import map_tensors
+from crosslayer.mapped import give_back, map_tensors
 from crosslayer.models.prompts import prepare
 from crosslayer.replacement.actions import Ablate
 from crosslayer.replacement.editing import edited
@@ -32,7 +33,10 @@ class Far(torch.Tensor):
     """Weights as on another device: only rows, whole parts and single numbers of them can be brought."""
 
     brought: list[int] = []  # noqa: RUF012
-    VIEWS = ("flatten", "split", "detach", "unbind", "__getitem__", "requires_grad_", "__len__", "dim", "size", "numel")
+    VIEWS = (
+        "flatten", "split", "detach", "unbind", "__getitem__", "requires_grad_", "__len__", "dim", "size", "numel",
+        "is_contiguous", "data_ptr",
+    )  # fmt: skip
 
     @property
     def device(self):
@@ -161,6 +165,41 @@ def test_writing_to_a_map_leaves_the_file_alone(tmp_path):
     assert tensors["a"].tolist() == [[0, 2, 4], [6, 8, 10]]
     assert tensors["empty"].shape == (0, 3)
     assert (tmp_path / "t.safetensors").read_bytes() == before
+
+
+def in_memory(kind: str) -> int:
+    """Bytes of pages of files (RssFile), or of others (RssAnon), that this process has in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells what a page belongs to")
+def test_what_is_given_back_is_read_again_and_what_was_written_stays(tmp_path):
+    torch.manual_seed(0)
+    wanted = {name: torch.randn(2**22) for name in ("read", "written", "through_numpy")}  # 16 MiB each
+    save_file(wanted, tmp_path / "t.safetensors")
+    tensors = map_tensors(tmp_path / "t.safetensors") | {"no_map": torch.randn(2**22)}
+    wanted["no_map"] = tensors["no_map"].clone()
+    tensors["written"][7] = wanted["written"][7] = 5.0
+    tensors["through_numpy"].data.numpy()[-1] = wanted["through_numpy"][-1] = 6.0
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in wanted.items())
+    before = in_memory("RssFile"), in_memory("RssAnon")
+    give_back(tensors.values())
+    freed = before[0] - in_memory("RssFile")
+    assert 15 * 2**20 < freed < 20 * 2**20  # what was only read
+    assert before[1] - in_memory("RssAnon") < 2**20
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells what a page belongs to")
+@pytest.mark.parametrize("pagemap", ["/nowhere", "/dev/zero"])
+def test_nothing_is_given_back_where_the_system_does_not_tell(tmp_path, monkeypatch, pagemap):
+    save_file({"a": torch.ones(2**22)}, tmp_path / "t.safetensors")
+    tensors = map_tensors(tmp_path / "t.safetensors")
+    tensors["a"].mul_(2)
+    monkeypatch.setattr(mapped, "PAGEMAP", Path(pagemap))
+    give_back(tensors.values())
+    assert (tensors["a"] == 2).all()
 
 
 def test_numbers_of_another_kind_are_named(tmp_path):

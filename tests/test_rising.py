@@ -10,7 +10,7 @@ from crosslayer import Wiring
 from crosslayer.attribution.columns import Columns
 from crosslayer.attribution.parts import Parts
 from crosslayer.attribution.rising import Rising, middle_of
-from crosslayer.attribution.rows import feature_rows, rows_of
+from crosslayer.attribution.rows import Rows, feature_rows, rows_of
 from crosslayer.replacement.lifting import Lift
 from crosslayer.replacement.local import LocalReplacement
 from test_attribute import CODERS, _at, traced, writes_of
@@ -40,14 +40,20 @@ def edges_met(local: LocalReplacement, parts: Parts, at: Columns, n: int, middle
     rising = Rising(local, parts, at, middle, n, MOST)
     for read in rising.rows():
         found[read.targets[:, None], read.sources] += read.edges
+
+    def whole(rows: Rows) -> torch.Tensor:
+        of_rows = at.by_node(rows, n)
+        rising.add_met(rows.entry, of_rows)
+        return of_rows
+
     mine = every[parts.active.layers >= middle]
     nodes, row = at.features[mine].unique(return_inverse=True)
     for some, rows in feature_rows(local, parts, mine, MOST, row, middle):
-        found[nodes[some]] += at.by_node(rows, n) + rising.met(rows.entry)
+        found[nodes[some]] += whole(rows)
     torch.manual_seed(2)
     vector = torch.randn(1, local.logits.shape[2], dtype=local.stream.dtype)
     rows = rows_of(local, parts, local.into_logits(-1, vector), middle)
-    found[n:] += at.by_node(rows, n) + rising.met(rows.entry)
+    found[n:] += whole(rows)
     return found
 
 

@@ -114,6 +114,7 @@ def attribute(
     first, limits = batch.position[0] == 0, budget or Budget()
     most = (limits.features, limits.positions)
     check_memory(forecast(local, coder, first, inputs.cell, BATCH_BYTES, *most), local)
+    local.rest()
 
     def wanted(parts: Parts) -> list[Target]:
         if targets:
@@ -253,6 +254,9 @@ class _Growing:
             for read in self.risen.rows():
                 self._keep(read.targets, read.edges.cpu(), read.sources)
                 self.preactivation[read.targets] = self.whole[read.targets].float()
+            for layer in range(middle):
+                del self.parts.written[layer]
+            self.local.rest()
 
     @property
     def lowest(self) -> int:
@@ -326,12 +330,13 @@ class _Growing:
         nodes, row = self.at.features[mine].unique(return_inverse=True)
         for some, rows in feature_rows(self.local, self.parts, mine, BATCH_BYTES, row, self.lowest):
             self._add(rows, nodes[some], self.whole[nodes[some]])
+            del rows  # before the next ones are computed
 
     def _add(self, rows: Rows, places: Tensor, preactivations: Tensor) -> None:
         """Add the rows of the nodes at `places`: what comes from one node summed up, exact zeros left out."""
         by_node = self.at.by_node(rows, len(self.nodes))
         if self.risen is not None:
-            by_node += self.risen.met(rows.entry).cpu()
+            self.risen.add_met(rows.entry, by_node)
         self._keep(places, by_node)
         self.preactivation[places] = preactivations.float().cpu()
 

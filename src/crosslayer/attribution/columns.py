@@ -29,5 +29,7 @@ class Columns:
         values = [rows.stream, *rows.between.values(), rows.biases, features, rows.errors.flatten(1)]
         columns = [self.stream, *(self.between[layer] for layer in rows.between), self.biases]
         columns += [self.features, self.errors.flatten()]
-        whole = torch.cat(values, 1).cpu()
-        return whole.new_zeros(len(whole), n_nodes).index_add_(1, torch.cat(columns), whole)
+        found = torch.zeros(len(features), n_nodes, dtype=features.dtype)
+        for nodes, value in zip(columns, values, strict=True):
+            found.index_add_(1, nodes, value.cpu())
+        return found

@@ -12,6 +12,7 @@ from torch import Tensor
 from crosslayer.coders.far import fetch_rows
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.errors import UserError
+from crosslayer.mapped import give_back
 from crosslayer.replacement.local import LocalReplacement
 
 
@@ -55,8 +56,8 @@ class Parts:
     """Of each active feature: the first layer that it writes to."""
     by_position: Int[Tensor, " A"]
     """The active features' numbers, sorted by position, then by layer."""
-    written: tuple[Written, ...]
-    """By layer."""
+    written: dict[int, Written]
+    """By layer; those that no row needs any more may be taken out."""
     constants: Float[Tensor, "L P D"]
     """Decoder biases; at a prompt's first position, which has no features, the mean write."""
     errors: Float[Tensor, "L P D"]
@@ -98,7 +99,8 @@ def split(local: LocalReplacement, coder: CrossLayerTranscoder, first: Bool[Tens
     for i, part in enumerate(found):
         for layer, write in zip(coder.wiring.targets(coder.sources[i]), _writes(coder, i, part), strict=True):
             tables[layer].add(i, part.positions, write)
-    written = tuple(table.closed(write[0]) for table, write in zip(tables, local.writes, strict=True))
+        give_back(weights for name, weights in coder.named_parameters() if name.endswith(f".{i}"))
+    written = {t: table.closed(write[0]) for t, (table, write) in enumerate(zip(tables, local.writes, strict=True))}
     errors = torch.stack([table.error for table in tables])
     starts = torch.tensor([coder.wiring.targets(s).start for s in coder.sources])
     first_targets = starts.repeat_interleave(counts.sum(1))

@@ -191,12 +191,10 @@ class Rising:
         edges = each.new_zeros(len(nodes), len(read)).index_add_(0, row.to(each.device), each)
         return Read(nodes, band.origins.nodes[: len(read)], edges)
 
-    def met(self, grad: Float[Tensor, "R Q D"]) -> Float[Tensor, "R N"]:
-        """What flows into rows from each node, given what they get per unit of the stream that enters the layer."""
-        found = grad.new_zeros(len(grad), self.n_nodes)
+    def add_met(self, grad: Float[Tensor, "R Q D"], found: Float[Tensor, "R N"]) -> None:
+        """Add what flows into rows from each node, given what they get per unit of the stream that enters the layer."""
         for band in self.bands:
             edges = grad.new_zeros(len(grad), len(band.origins.nodes))
             for p in range(band.first, grad.shape[1]):
                 edges.addmm_(grad[:, p], band.stream[: edges.shape[1], p - band.first].T)
-            found[:, band.origins.nodes.to(found.device)] = edges
-        return found
+            found.index_add_(1, band.origins.nodes, edges.to(found.device))

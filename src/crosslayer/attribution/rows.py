@@ -123,11 +123,23 @@ def feature_rows(
         place = torch.full_like(layers, -1).index_put_((some,), torch.arange(len(some)))[row]
         entries = (place >= 0).nonzero().squeeze(1)
         entries = entries[place[entries].argsort(stable=True)]
-        mine, place = chosen[entries], place[entries].to(active.bias.device)
-        sources = local.into_reads(layers[some], active.positions[mine], active.directions[mine], place)
-        rows = rows_of(local, parts, sources, lowest)
-        rows.biases.index_put_((place, active.layers[mine]), active.bias[mine], accumulate=True)
-        yield some, rows
+        yield some, _batch(local, parts, layers[some], chosen[entries], place[entries], lowest)
+
+
+def _batch(
+    local: LocalReplacement,
+    parts: Parts,
+    layers: Int[Tensor, " R"],
+    mine: Int[Tensor, " E"],
+    place: Int[Tensor, " E"],
+    lowest: int,
+) -> Rows:
+    """Rows whose layers are given; each active feature of `mine` is part of that at its `place`."""
+    active, place = parts.active, place.to(parts.active.bias.device)
+    sources = local.into_reads(layers, active.positions[mine], active.directions[mine], place)
+    rows = rows_of(local, parts, sources, lowest)
+    rows.biases.index_put_((place, active.layers[mine]), active.bias[mine], accumulate=True)
+    return rows
 
 
 def row_bytes(local: LocalReplacement, n_positions: int) -> int:

@@ -35,7 +35,10 @@ AT_ONCE = 768
 
 @dataclass(frozen=True)
 class Step:
-    """What flows into rows at one layer; R rows for what enters it, the first N of them for what it writes."""
+    """What flows into rows at one layer; R rows for what enters it, the first N of them for what it writes.
+
+    Its gradients are overwritten as the next layer's are computed.
+    """
 
     layer: int
     write: Float[Tensor, "N Q D"]
@@ -120,23 +123,24 @@ class Layers:
     def _down(self, step: Step, layers: list[int], position: Tensor, vectors: Tensor, row: Tensor) -> Iterator[Step]:
         passed, ahead, n = {step.layer: step.write}, step.entry, len(step.entry)
         ahead = pad(ahead, (0, 0, 0, 0, 0, max(n, len(layers)) - n))
+        space = torch.empty_like(ahead)
         for layer in range(step.layer - 1, -1, -1):
             run, end = self._run(layer, ahead.shape[1]), n + layers.count(layer)
             if run.entry.shape[1] > ahead.shape[1]:
                 ahead = pad(ahead, (0, 0, 0, run.entry.shape[1] - ahead.shape[1]))
+                space = torch.empty_like(ahead)
             mine = (row >= n) & (row < end)
             ahead[n:end].zero_().index_put_((row[mine] - n, position[mine]), vectors[mine].to(ahead), accumulate=True)
-            entry, write, biases = torch.empty_like(ahead), torch.empty_like(ahead[:n]), ahead.new_zeros(end)
+            write, biases = space[:n], ahead.new_zeros(end)
             for some in stretches(0, n, ahead):
-                entry[some], write[some], biases[some] = _back(
-                    run, {run.output: ahead[some]} | _skips(run, passed, some)
-                )
+                found = _back(run, {run.output: ahead[some]} | _skips(run, passed, some))
+                write[some], ahead[some], biases[some] = found  # in this order: the first may be what is ahead
             for some in stretches(n, end, ahead):
-                entry[some], _, biases[some] = _back(run, {run.read: ahead[some]})
+                _, ahead[some], biases[some] = _back(run, {run.read: ahead[some]})
             if self.coder.skip is not None:
-                passed[layer] = write
-            yield Step(layer, write, entry[:end], {layer: biases})
-            ahead, n = entry, end
+                passed[layer] = write.clone()
+            yield Step(layer, write, ahead[:end], {layer: biases})
+            n = end
 
     def _run(self, layer: int, n_positions: int) -> Run:
         """A layer's graph on the first positions; on all where it cannot be cut there."""
@@ -215,14 +219,14 @@ def pull(outputs: Mapping[Tensor, Float[Tensor, "R ..."]], leaves: list[Tensor])
 
 
 def _back(run: Run, outputs: Mapping[Tensor, Float[Tensor, "R Q D"]]) -> tuple[Tensor, Tensor, Tensor]:
-    """What flows into rows of what enters the layer, of what its MLP writes, and of its biases in all."""
+    """What flows into rows of what the layer's MLP writes, of what enters the layer, and of its biases in all."""
     along = {output: grad[:, None].to(output) for output, grad in outputs.items()}
     entry, write, *biases = pull(along, [run.entry, run.write, *run.biases.values()])
     own = sum(
         ((grad * bias).flatten(1).sum(1) for grad, bias in zip(biases, run.biases.values(), strict=True)),
         entry.new_zeros(len(entry)),
     )
-    return entry[:, 0], write[:, 0], own
+    return write[:, 0], entry[:, 0], own
 
 
 def _skips(run: Run, passed: Mapping[int, Tensor], some: slice) -> dict[Tensor, Float[Tensor, "R Q D"]]:

@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.errors import UserError
+from crosslayer.mapped import give_back
 from crosslayer.models.freezing import Frozen, eager_attention
 from crosslayer.models.hooks import calling, changing, entering, reading, recording, replacing, watching
 from crosslayer.models.load import LoadedModel
@@ -64,6 +65,10 @@ class LocalReplacement:
     def n_heads(self) -> int:
         """Of attention in a layer."""
         return getattr(self.layers.model.model.config.get_text_config(), "num_attention_heads", 1)
+
+    def rest(self) -> None:
+        """Let go of the model's weights, as far as they are maps of its files, until a layer is next run."""
+        give_back(self.layers.model.model.parameters())
 
     def into_reads(
         self,
