@@ -5,8 +5,12 @@ from collections import defaultdict
 import pytest
 import torch
 from PIL import Image
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from crosslayer import AttributionGraph, Budget, UserError, Wiring, attribute
+from crosslayer.attribution import attribute as attributing
 from crosslayer.attribution.figure import figure
 from crosslayer.attribution.forecast import EDGE_BYTES, Forecast, check_memory, forecast
 from crosslayer.attribution.rows import feature_rows
@@ -94,6 +98,45 @@ def test_a_budget_of_positions_gives_rows_where_most_influence_is(llava):
     assert part.preactivation[all_of].isfinite().all()
     assert len(part.tokens) - 1 in at  # where the output is read
     assert graph_of(llava, budget=Budget(positions=99)).scores == whole.scores
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside, at most and now."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages: dict[StorageWeakRef, int] = {}
+        self.most = 0
+
+    def now(self) -> int:
+        self.storages = {storage: size for storage, size in self.storages.items() if not storage.expired()}
+        return sum(self.storages.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_mkldnn:
+                storage = tensor.untyped_storage()
+                self.storages[StorageWeakRef(storage)] = storage.nbytes()
+        if sum(self.storages.values()) > self.most:
+            self.most = max(self.most, self.now())
+        return found
+
+
+@pytest.mark.parametrize("settings", [{}, {"pool_patches": 1}, {"budget": Budget(features=30)}], ids=repr)
+def test_no_more_memory_is_taken_than_forecast_nor_much_less(llava, monkeypatch, settings):
+    live, needs, before = Live(), [], []
+
+    def note(need: Forecast, _) -> None:
+        needs.append(need.parts + need.gradients + need.edges)
+        before.append(live.now())
+        live.most = 0
+
+    monkeypatch.setattr(attributing, "check_memory", note)
+    coder = finished_coder(Wiring.full(llava.n_layers), D=llava.d_model, F=96)
+    with live:
+        attribute(llava, coder, "is there a cat ?", PICTURE, **settings)
+    assert needs[0] / 10 < live.most - before[0] < needs[0]
 
 
 def test_the_forecast_counts_the_edges_that_come(llama):

@@ -83,8 +83,11 @@ def _as_in_file(first: int, n: int) -> bool:
     try:
         with PAGEMAP.open("rb", buffering=0) as file:
             file.seek(8 * first)
-            pages = np.frombuffer(file.read(8 * n), dtype=np.uint64)
+            told = file.read(8 * n)
     except OSError:
         return False
+    if len(told) < 8 * n:
+        return False
+    pages = np.frombuffer(told, dtype=np.uint64)
     there = pages[(pages & (PRESENT | SWAPPED)) != 0]
     return len(there) > 0 and bool(((there & OF_FILE) != 0).all() and ((there & SWAPPED) == 0).all())

@@ -15,10 +15,14 @@ from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.errors import UserError
 from crosslayer.files import size_text
 from crosslayer.memory import memory_room
+from crosslayer.replacement.carrying import rows_at_once
 from crosslayer.replacement.local import LocalReplacement
 
 EDGE_BYTES = 100
 """Ends and weight of an edge, twice while a graph is put together, and what its check and its scores keep of it."""
+
+ROW_COPIES = 5
+"""Times that a batch's rows are held at once at most: by part and by node, sorted, and their edges."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,7 @@ class Forecast:
     parts: int
     """On the model's device: what each active feature writes to each of its targets, and errors."""
     gradients: int
-    """There too: a batch of rows on their way back through the layers, and what has risen to meet them."""
+    """There too: a batch of rows on their way back through the layers and as edges, and what has risen to meet them."""
     edges: int
     """In main memory."""
 
@@ -62,9 +66,30 @@ def forecast(
         parts += len(features) * (len(coder.wiring.targets(source)) + 1) * D * size
         nodes = torch.stack([cell[positions.cpu()], features.cpu()], 1).unique(dim=0)
         counts[i] = torch.bincount(nodes[:, 0], minlength=counts.shape[1])
-    gradients = 3 * max(batch_bytes, row_bytes(local, local.stream.shape[1])) + batch_bytes
+    gradients = _gradient_bytes(local, counts.sum(0), cell, batch_bytes, max_features)
     n_edges = _most_edges(counts, _row_lengths(counts, coder), max_features, max_positions)
     return Forecast(parts=parts, gradients=gradients, edges=int(n_edges * EDGE_BYTES))
+
+
+def _gradient_bytes(
+    local: LocalReplacement,
+    rows: Float[Tensor, " C"],
+    cell: Int[Tensor, " P"],
+    batch_bytes: int,
+    max_features: int | None,
+) -> int:
+    """What a batch of rows and all that has risen take, given how many rows each cell has."""
+    P, D, size = *local.stream.shape[1:], local.stream.element_size()
+    if local.stream.device.type != "cpu":  # where a batch passes through a layer as a whole
+        return 3 * max(batch_bytes, row_bytes(local, P)) + batch_bytes
+    last = torch.zeros_like(rows, dtype=torch.int64).scatter_reduce_(0, cell, torch.arange(P), "amax")
+    seen = rows.new_zeros(P).index_add_(0, last, rows).cumsum(0).clamp_max(max_features or float("inf")).tolist()
+    n = [min(below, max(1, batch_bytes // row_bytes(local, p + 1))) for p, below in enumerate(seen)]
+    carried = 2 * max(at_once * (p + 1) for p, at_once in enumerate(n)) * D * size
+    n_nodes = int(rows.sum()) + (2 * local.n_layers + 1) * P
+    risen = min(batch_bytes, n_nodes * P * D * size)
+    passing = rows_at_once(local.stream) * row_bytes(local, P)
+    return int(carried + ROW_COPIES * max(n) * n_nodes * size + risen + passing)
 
 
 def _row_lengths(counts: Float[Tensor, "S C"], coder: CrossLayerTranscoder) -> Float[Tensor, "S C"]:
