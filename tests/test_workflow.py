@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -24,6 +25,8 @@ from crosslayer import (
     workflow,
 )
 from crosslayer.activations.capture import ModelSource
+from crosslayer.data.examples import Examples
+from crosslayer.data.skipped import Skipped
 from crosslayer.training.fit import Interrupted
 from crosslayer.training.state import STATE
 from crosslayer.workflow import with_metrics
@@ -77,6 +80,20 @@ def test_trainings_at_once_are_those_alone_on_one_stream(llama, tmp_path, monkey
         assert_same_files(run, tmp_path / "alone" / run.name, ("model.safetensors", "metrics.jsonl"))
     with pytest.raises(UserError, match=r"seeds are \[0, 1\]"):
         workflow.train_at_once(llama, data, {tmp_path / str(seed): config(seed=seed) for seed in (0, 1)})
+
+
+def with_a_bad_one(folder):
+    """The tiny Llama, and texts one of which is none for it."""
+    texts = [*text_examples(39), Example("long", "a " * 2000, "no")]
+    return crosslayer.load_model(folder), Examples("texts", len(texts), texts.__getitem__)
+
+
+def test_another_process_may_run_the_model(llama_folder, tmp_path):
+    model, data = with_a_bad_one(llama_folder)
+    for name, load in (("here", None), ("elsewhere", partial(with_a_bad_one, llama_folder))):
+        workflow.train_at_once(model, replace(data, skipped=Skipped()), {tmp_path / name: config()}, load=load)
+    names = ("model.safetensors", "metrics.jsonl", "skipped.jsonl")
+    assert_same_files(tmp_path / "elsewhere", tmp_path / "here", names)
 
 
 def assert_same_files(found, wanted, names):

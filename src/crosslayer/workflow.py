@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from crosslayer.activations.capture import ModelSource
+from crosslayer.activations.elsewhere import Elsewhere, Load, elsewhere
 from crosslayer.activations.reading import StoreSource
 from crosslayer.activations.store import Store
 from crosslayer.coders.checkpoint import CONFIG, INDEX, is_run
@@ -39,6 +41,8 @@ from crosslayer.training.state import METRICS, STATE, StateFile
 from crosslayer.training.stream import ChunkSource, Place, StreamBatch, prompt_batches, shuffled_batches, usable_tokens
 from crosslayer.training.trainer import Trainer
 
+Source = ModelSource | StoreSource | Elsewhere
+"""Of activations."""
 RUN_FILES = (CONFIG, "model*.safetensors", INDEX, METRICS, STATE, SKIPPED)
 """What an overwritten run leaves."""
 SCALE_CHUNK = 0
@@ -79,7 +83,9 @@ def train(
     """
     if shard_model and not isinstance(config.loss, FVU):
         raise UserError("an end-to-end loss runs the model backwards too, which --shard-model cannot; leave it out")
-    job = _job(model, data, config.seed, mesh, shard_model)
+    team = ALONE if mesh is None else team_of(mesh)
+    source = ModelSource(model, data, seed=config.seed, team=team, in_step=shard_model)
+    job = _job(model, data, source, mesh, shard_model)
     return _run(job, config, Path(out), start, resume, overwrite, checkpoint_seconds)
 
 
@@ -89,6 +95,7 @@ def train_at_once(
     configs: Mapping[Path, TrainConfig],
     *,
     checkpoint_seconds: float = 60.0,
+    load: Load | None = None,
 ) -> None:
     """Train several transcoders on one stream, for which the model runs once; each is that of its own `train`.
 
@@ -97,6 +104,8 @@ def train_at_once(
         data: what to run it on.
         configs: by folder of the run, which is new or holds a state to go on from; all of one seed.
         checkpoint_seconds: time between two states on disk.
+        load: what another process loads the same model and data with, to run the model for the next chunk meanwhile;
+            without it that is done here, in between.
 
     Raises:
         UserError: as `train` does, and for several seeds.
@@ -105,11 +114,13 @@ def train_at_once(
     seeds = {config.seed for config in configs.values()}
     if len(seeds) != 1:
         raise UserError(f"seeds are {sorted(seeds)}; trainings on one stream have one")
-    job = _job(model, data, seeds.pop(), None)
-    begun = [_begun(job, config, run, resume=(run / STATE).exists()) for run, config in configs.items()]
-    fit(*begun, checkpoint_seconds=checkpoint_seconds, again="the same once more")
-    for training in begun:
-        _ended(job, training)
+    alone = ModelSource(model, data, seed=seeds.pop())
+    with nullcontext(alone) if load is None else elsewhere(alone, load) as source:
+        job = _job(model, data, source, None)
+        begun = [_begun(job, config, run, resume=(run / STATE).exists()) for run, config in configs.items()]
+        fit(*begun, checkpoint_seconds=checkpoint_seconds, again="the same once more")
+        for training in begun:
+            _ended(job, training)
 
 
 def train_from_store(
@@ -148,7 +159,7 @@ def train_from_store(
 class _Job:
     """What a training takes its activations from."""
 
-    source: ModelSource | StoreSource
+    source: Source
     origin: Provenance
     context: dict[str, Any]
     """What tells these data from others, for a resume."""
@@ -165,9 +176,9 @@ class _Job:
         return self.source.team
 
 
-def _job(model: LoadedModel, data: Sequence[Example], seed: int, mesh: Mesh | None, shard_model: bool = False) -> _Job:
-    team = ALONE if mesh is None else team_of(mesh)
-    source = ModelSource(model, data, seed=seed, team=team, in_step=shard_model)
+def _job(
+    model: LoadedModel, data: Sequence[Example], source: Source, mesh: Mesh | None, shard_model: bool = False
+) -> _Job:
     origin, context = Provenance(model.id, model.revision, model.sites.read), {"n_examples": len(data)}
     return _Job(source, origin, context, model.n_layers, model.d_model, mesh, model, data, shard_model)
 
@@ -282,7 +293,7 @@ def _check_alike(job: _Job, config: TrainConfig) -> None:
     check_alike(tell(job.team.everyone, facts))
 
 
-def _batches(source: ModelSource | StoreSource, config: TrainConfig, place: Place) -> Iterator[StreamBatch]:
+def _batches(source: Source, config: TrainConfig, place: Place) -> Iterator[StreamBatch]:
     if isinstance(source, StoreSource) or not isinstance(config.loss, KL | CrossEntropy):
         return shuffled_batches(source, config.batch_tokens, config.seed, place, source.team.tokens)
     return prompt_batches(source, max(1, config.batch_tokens // source.tokens_a_prompt), place)
