@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, ignore_patterns
 
 import pytest
 from PIL import Image
@@ -22,7 +22,7 @@ SMALL = {
     "circuits": "--cases 12 --max-features 8",
     "suppress": "--at-most 8 --steps 4 --ranked 1 --sets 1 --control-images 12 --cases 10 --at-least 5 "
     "--clean 2 --strengths 1 --points 30 --workers 2",
-    "report": "--doses -1 1",
+    "report": "--doses -1 1 --workers 2",
     "generate": "",
 }
 """What is added to each command."""
@@ -60,10 +60,15 @@ for line in sys.stdin:
 def folder(tmp_path_factory):
     """Where all commands of the tutorial have run."""
     folder = tmp_path_factory.mktemp("tutorial")
-    lines = "\n".join(line for _, line in commands())
-    done = subprocess.run([sys.executable, "-c", DRIVER], input=lines, cwd=folder, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr[-500:]
+    drive(folder, *(line for _, line in commands()))
     return folder
+
+
+def drive(folder, *lines):
+    """Call commands, one after the other."""
+    driver = [sys.executable, "-c", DRIVER]
+    done = subprocess.run(driver, input="\n".join(lines), cwd=folder, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_the_tutorial_ends_in_a_page_and_its_figures(folder):
@@ -98,6 +103,19 @@ def test_figures_of_the_report_are_shares_of_the_answers_on_disk(folder):
                 recalled / sum(len(r["truth"]) for r in captions)
             )
             assert found == pytest.approx(sum(lone) / len(lone))
+
+
+def test_a_proof_that_one_process_goes_on_with_is_that_of_two(folder, tmp_path):
+    """What is there is not tried again."""
+    made, out = folder / "hallucination", tmp_path / "hallucination"
+    copytree(made, out, ignore=ignore_patterns("report.*", "descent-dose-1.json*", "*-bias.json*", "unchanged.json"))
+    kept = {path.name: path.stat().st_mtime_ns for path in (out / "report").iterdir()}
+    drive(folder, f"crosslayer hallucination report runs/clt --beside runs/plt --out {out} --doses -1 1")
+    files = {path.name: path for path in (out / "report").iterdir()}
+    assert all(files[name].stat().st_mtime_ns == written for name, written in kept.items())
+    assert files.keys() == {path.name for path in (made / "report").iterdir()} > kept.keys()
+    assert all(path.read_bytes() == (made / "report" / name).read_bytes() for name, path in files.items())
+    assert read_json(out / "report.json") == read_json(made / "report.json")
 
 
 def test_a_report_of_another_run_is_refused_in_one_line(folder, monkeypatch, capsys):

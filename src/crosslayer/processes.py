@@ -2,19 +2,61 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partialmethod
 from multiprocessing import active_children, get_context, parent_process
 from threading import RLock, Thread
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
 
 from crosslayer.errors import UserError
+
+
+class Work(Protocol):
+    """Work in pieces, each of which ends in a file."""
+
+    def do(self, name: str) -> object:
+        """Do the piece of this name, unless its file is there."""
+        ...
+
+
+def do_at_once(n: int, load: Callable[[], Work], rounds: Iterable[Sequence[str]], desc: str) -> None:
+    """Let several processes do all pieces of some work, which whoever asks for it finds in files afterwards.
+
+    Args:
+        n: how many processes.
+        load: what each of them has the work from.
+        rounds: names of the pieces; those of a round do not wait for each other.
+        desc: what the bar is called.
+
+    Raises:
+        UserError: as the pieces do, and when a process dies.
+    """
+    rounds = list(rounds)
+    with (
+        working(n, _take_up, load) as pool,
+        tqdm(total=sum(map(len, rounds)), unit="piece", desc=desc, disable=None, leave=False) as bar,
+    ):
+        for names in rounds:
+            for _ in pool.map(_do, names):
+                bar.update()
+
+
+_here: list[Work] = []
+"""Of a process that takes part: the work."""
+
+
+def _take_up(load: Callable[[], Work]) -> None:
+    _here.append(load())
+
+
+def _do(name: str) -> None:
+    _here[0].do(name)
 
 
 @contextmanager

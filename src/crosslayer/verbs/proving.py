@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from crosslayer.coders.checkpoint import is_run
 from crosslayer.coders.transcoder import CrossLayerTranscoder
+from crosslayer.data.examples import Examples
 from crosslayer.data.load import EMOJI_SCENES, load_data
 from crosslayer.data.reading import DATA_KINDS
 from crosslayer.errors import UserError
@@ -19,14 +21,15 @@ from crosslayer.hallucination.contrast_settings import ContrastSettings
 from crosslayer.hallucination.feature_table import CONTRAST
 from crosslayer.hallucination.prove.findings import findings, goals
 from crosslayer.hallucination.prove.page import write_page
-from crosslayer.hallucination.prove.proof import Proof, protocol, prove, read_suppression
+from crosslayer.hallucination.prove.proof import Evidence, Proof, protocol, read_suppression
 from crosslayer.hallucination.suppress.calibration import Calibration
 from crosslayer.hallucination.suppress.everything import EDIT, SUPPRESS, Plan
 from crosslayer.hallucination.suppress.objective import Weighing
 from crosslayer.hallucination.suppress.protocol import Protocol, Trial
 from crosslayer.memory import keep_freed_memory
-from crosslayer.model_options import AS_SAVED
+from crosslayer.model_options import AS_SAVED, RunOptions
 from crosslayer.models.load import LoadedModel, load_model
+from crosslayer.processes import do_at_once
 from crosslayer.replacement.edit_file import EditFile
 from crosslayer.report import table
 from crosslayer.training.config import TrainConfig
@@ -79,7 +82,9 @@ def report(
         int, arg(help="Images of the test for the dose curves, and on which chance is measured.")
     ] = Protocol.control_images,
     doses: Annotated[tuple[float, ...], arg(help="Strengths of the dose curves; some below 0.")] = DOSES,
-    workers: Annotated[int, arg(help="Processes that trace circuits and try methods.")] = 1,
+    workers: Annotated[
+        int, arg(help="Processes that trace circuits, try methods, and prove the edit; training takes two at most.")
+    ] = 1,
     seed: Annotated[int, arg(help="Seed of the trainings, the scenes, the splits and of all that is drawn.")] = 0,
     batch_prompts: Annotated[int, arg(help="Prompts in one pass.")] = Protocol.batch_prompts,
     model: OtherModel = None,
@@ -90,13 +95,15 @@ def report(
     The stages are those of `score`, `contrast`, `circuits` and `suppress`, each in files of its own; after an
     interruption, or where a stage was run by itself with options of its own, the same command goes on from these files.
     """
-    check_positive(tokens=tokens, scenes=scenes, control_images=control_images, batch_prompts=batch_prompts)
+    check_positive(
+        tokens=tokens, scenes=scenes, control_images=control_images, batch_prompts=batch_prompts, workers=workers
+    )
     if not min(doses, default=0.0) < 0:
         raise UserError(f"doses are {doses}; at least one below 0 is wanted, which must raise hallucination")
     if run is None:
-        run, beside = _trained(out, data, tokens, seed)
+        run, beside = _trained(out, data, tokens, seed, workers)
     coder, loaded = load_run(run, model, loading)
-    other = None if beside is None else CrossLayerTranscoder.load(beside, offload=loading.offload).requires_grad_(False)
+    other = _beside(beside, loading)
     stages = (
         _Stage(
             "score", out / SCORE, "how much is hallucinated",
@@ -131,7 +138,11 @@ def report(
     for number, stage in enumerate(stages, 1):
         _run(number, len(stages) + 1, stage)
     print(f"[{len(stages) + 1}/{len(stages) + 1}] prove: {out / REPORT}", flush=True)
-    proof = prove(_trial(loaded, coder, out), coder.requires_grad_(False), other, doses)
+    evidence = _evidence(loaded, coder, other, out, doses)
+    if workers > 1:
+        load = partial(_loaded, run, model, beside, loading, out, doses)
+        do_at_once(workers, load, [tuple(evidence.pieces)], desc="prove")
+    proof = evidence.proof()
     holds = {stage.file.name: stage.holds for stage in stages} | {EDIT: "the edit, for crosslayer generate --edit"}
     holds |= {"contrast.html": "where these features fire", "circuits.html": "these paths, drawn"}
     write_json(out / REPORT, {**proof.to_dict(), **_said(proof)})
@@ -140,19 +151,24 @@ def report(
     print(f"\nreport: {out / PAGE}")
 
 
-def _trained(out: Path, data: str | None, tokens: int, seed: int) -> tuple[str, str]:
+def _trained(out: Path, data: str | None, tokens: int, seed: int, workers: int) -> tuple[str, str]:
     """A CLT and a PLT of the bundled model on the bundled scenes, finished or made now, in `out`."""
     if data not in (None, EMOJI_SCENES):
         raise UserError(f"{data}: whose model is to answer? name a RUN before DATA; see crosslayer train")
     keep_freed_memory()
-    model = load_model(BUNDLED_MODEL)
+    model, scenes = _stream(seed)
     wirings = {"clt": Wiring.full(model.n_layers), "plt": Wiring.per_layer(model.n_layers)}
     configs = {out / name: TrainConfig(wiring=wiring, tokens=tokens, seed=seed) for name, wiring in wirings.items()}
     missing = {run: config for run, config in configs.items() if not is_run(str(run)) or (run / STATE).exists()}
     if missing:
         print(f"train {' and '.join(map(str, missing))} on {tokens:,} tokens", flush=True)
-        train_at_once(model, load_data(EMOJI_SCENES, seed=seed), missing)
+        train_at_once(model, scenes, missing, load=partial(_stream, seed) if workers > 1 else None)
     return str(out / "clt"), str(out / "plt")
+
+
+def _stream(seed: int) -> tuple[LoadedModel, Examples]:
+    """What the transcoders of the bundled model are trained on."""
+    return load_model(BUNDLED_MODEL), load_data(EMOJI_SCENES, seed=seed)
 
 
 def _run(number: int, n: int, stage: _Stage) -> None:
@@ -180,6 +196,29 @@ def _trial(model: LoadedModel, coder: CrossLayerTranscoder, out: Path) -> Trial:
     except UserError as error:
         raise UserError(f"{out / EDIT}: {error}; choose another --out, or the RUN that it is for") from None
     return trial_in(out, model, protocol(read_suppression(out)))
+
+
+def _beside(run: str | None, loading: RunOptions) -> CrossLayerTranscoder | None:
+    return None if run is None else CrossLayerTranscoder.load(run, offload=loading.offload).requires_grad_(False)
+
+
+def _evidence(
+    model: LoadedModel,
+    coder: CrossLayerTranscoder,
+    beside: CrossLayerTranscoder | None,
+    out: Path,
+    doses: tuple[float, ...],
+) -> Evidence:
+    trial = _trial(model, coder, out)
+    return Evidence(trial=trial, coder=coder.requires_grad_(False), beside=beside, strengths=doses)
+
+
+def _loaded(
+    run: str, model: str | None, beside: str | None, loading: RunOptions, out: Path, doses: tuple[float, ...]
+) -> Evidence:
+    """The same in a process of its own."""
+    coder, loaded = load_run(run, model, loading)
+    return _evidence(loaded, coder, _beside(beside, loading), out, doses)
 
 
 def _said(proof: Proof) -> dict[str, list[dict[str, object]]]:

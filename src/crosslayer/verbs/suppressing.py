@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from tqdm import tqdm
 from tyro.conf import Positional, arg
 
 from crosslayer.coders.transcoder import CrossLayerTranscoder
@@ -22,7 +21,7 @@ from crosslayer.hallucination.suppress.protocol import Protocol, Trial
 from crosslayer.hallucination.synonyms import EMOJI, load_table
 from crosslayer.model_options import AS_SAVED, RunOptions
 from crosslayer.models.load import LoadedModel
-from crosslayer.processes import working
+from crosslayer.processes import do_at_once
 from crosslayer.verbs.arguments import OtherModel, Run, RunLoading, check_positive, load_run
 from crosslayer.verbs.scoring import SCORE, Truth, score
 from crosslayer.verbs.suppress_tables import suppress_tables
@@ -86,7 +85,8 @@ def suppress(
     made = partial(_contest, plan=plan, beside=beside, circuit=circuit, loading=loading)
     contest = made(coder, trial(loaded))
     if workers > 1:
-        _do_at_once(contest, workers, partial(_loaded, run, model, loading, trial, made))
+        load = partial(_loaded, run, model, loading, trial, made)
+        do_at_once(workers, load, contest.rounds, desc="suppress")
     print(suppress_tables(contest.result()))
     print(f"\nthe edit is {out / EDIT}; try it: crosslayer generate {run} --edit {out / EDIT} --prompt ... --image ...")
 
@@ -111,29 +111,6 @@ def _loaded(
     """The same in a process of its own."""
     coder, loaded = load_run(run, model, loading)
     return made(coder, trial(loaded))
-
-
-def _do_at_once(contest: Contest, workers: int, load: Callable[[], Contest]) -> None:
-    """Let several processes do all that the contest has to do; it finds their files."""
-    with (
-        working(workers, _begin, load) as pool,
-        tqdm(total=sum(map(len, contest.rounds)), unit="method", desc="suppress", disable=None, leave=False) as bar,
-    ):
-        for names in contest.rounds:
-            for _ in pool.map(_work, names):
-                bar.update()
-
-
-_here: list[Contest] = []
-"""Of a worker: its contest."""
-
-
-def _begin(load: Callable[[], Contest]) -> None:
-    _here.append(load())
-
-
-def _work(name: str) -> None:
-    _here[0].do(name)
 
 
 def trial_in(out: Path, model: LoadedModel, settings: Protocol, *, again: bool = False) -> Trial:

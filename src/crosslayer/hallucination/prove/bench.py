@@ -68,6 +68,10 @@ class Cost:
         return self.edited / self.plain
 
 
+_Made = tuple[dict[str, Any], list[Response]]
+"""What a try leaves: figures, and answers."""
+
+
 class Bench:
     """Tries edits and controls.
 
@@ -88,33 +92,35 @@ class Bench:
         """A method's edit at a strength; the model as it is where the method found nothing to edit."""
         return under(self.trial.model, self.coder(outcome.method), outcome.edits, strength)
 
-    def at(self, outcome: Outcome, strength: float, panel: Panel, name: str) -> Tried:
-        """Answers under a method's edit at a strength; `name` tells this panel from others."""
-        edit = self.edit(outcome, strength)
-        record, answers = self._once(
-            f"{outcome.method}-{name}-{strength:g}",
-            (outcome.digest, strength),
-            lambda: ({"kl": panel.collateral.kl(edit)}, panel.ask(edit)),
-        )
-        return Tried(strength=strength, kl=record["kl"], answers=answers)
+    def dose(self, outcome: Outcome, strength: float) -> Tried:
+        """Answers under a method's edit at a strength, on the images for control."""
 
-    def sweep(self, outcome: Outcome, strengths: Sequence[float]) -> list[Tried]:
-        """Its edit at several strengths, on the images for control."""
-        return [self.at(outcome, strength, self.trial.control, "dose") for strength in sorted(strengths)]
+        def make() -> _Made:
+            return self._under(outcome, strength, self.trial.control)
+
+        return self._tried(f"{outcome.method}-dose-{strength:g}", (outcome.digest, "dose", strength), make)
 
     def at_equal_kl(self, outcome: Outcome) -> Tried:
         """A method's edit as strong as it takes for the kept edit's KL on clean responses of the test."""
         assert self.kept.test is not None
-        wanted, collateral = self.kept.test.kl, self.trial.testing.collateral
-        low, high = 0.0, HIGHEST
-        for _ in range(STEPS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if collateral.kl(self.edit(outcome, middle)) < wanted else (low, middle)
-        return self.at(outcome, round((low + high) / 2, 3), self.trial.testing, "equal-kl")
+        wanted, testing = self.kept.test.kl, self.trial.testing
 
-    @torch.no_grad()
+        def make() -> _Made:
+            low, high = 0.0, HIGHEST
+            for _ in range(STEPS):
+                middle = (low + high) / 2
+                below = testing.collateral.kl(self.edit(outcome, middle)) < wanted
+                low, high = (middle, high) if below else (low, middle)
+            return self._under(outcome, round((low + high) / 2, 3), testing)
+
+        return self._tried(f"{outcome.method}-equal-kl", (outcome.digest, wanted), make)
+
     def unchanged(self) -> dict[str, int]:
         """Prompts of the images for control whose logits a strength of 0 leaves the same, bit by bit, and all."""
+        return self._once("unchanged", self.kept.digest, lambda: (self._unchanged(), []))[0]
+
+    @torch.no_grad()
+    def _unchanged(self) -> dict[str, int]:
         same, n, model = 0, 0, self.trial.model
         for some, batch in self.trial.control.batches:
             plain = model.model(**batch.inputs, use_cache=False).logits
@@ -124,18 +130,11 @@ class Bench:
             n += len(some)
         return {"same": same, "prompts": n}
 
-    def controls(self) -> list[tuple[Control, list[Response]]]:
-        """The yes-ratio matched by a bias on "yes"; caption length by one on what ends a caption, one on commas."""
-        responses, dose = self.trial.splits["calibrate"], self._kept_dose()
-        found = []
-        for name, kind, measure, tokens in (
-            ("yes-bias", QUESTION, "yes_ratio", _yes_tokens(self.trial, responses)),
-            ("stop-bias", CAPTION, "length_words", _last_tokens(self.trial, responses)),
-            ("comma-bias", CAPTION, "length_words", _tokens_that_say(self.trial, responses, ",")),
-        ):
-            if measure in dose and tokens:
-                found.append(self._control(name, kind, measure, dose[measure], tokens))
-        return found
+    def control(self, name: str) -> tuple[Control, list[Response]] | None:
+        """That of `CONTROLS`, and the answers under it to the test's queries of its kind; None where there is none."""
+        (kind, measure, tokens), dose = CONTROLS[name], self._kept_dose()
+        biased = tokens(self.trial, self.trial.splits["calibrate"])
+        return self._control(name, kind, measure, dose[measure], biased) if measure in dose and biased else None
 
     def cost(self) -> Cost:
         """Of generating the captions of the images for control."""
@@ -159,7 +158,7 @@ class Bench:
         def edit(bias: float) -> Under:
             return Under(lambda _: biased(self.trial.model, tokens, bias), ())
 
-        def make() -> tuple[dict[str, Any], list[Response]]:
+        def make() -> _Made:
             panel = self._panel("calibrate", kind)
             figure = cache(lambda bias: figures(panel.ask(edit(bias)))[measure])
             bias = bias_for(figure, wanted)
@@ -180,9 +179,15 @@ class Bench:
             trial.model, asked, trial.folder, trial.table, clean=[], batch_prompts=trial.settings.batch_prompts
         )
 
-    def _once(
-        self, name: str, of: Any, make: Callable[[], tuple[dict[str, Any], list[Response]]]
-    ) -> tuple[dict[str, Any], list[Response]]:
+    def _under(self, outcome: Outcome, strength: float, panel: Panel) -> _Made:
+        edit = self.edit(outcome, strength)
+        return {"strength": strength, "kl": panel.collateral.kl(edit)}, panel.ask(edit)
+
+    def _tried(self, name: str, of: Any, make: Callable[[], _Made]) -> Tried:
+        record, answers = self._once(name, of, make)
+        return Tried(**record, answers=answers)
+
+    def _once(self, name: str, of: Any, make: Callable[[], _Made]) -> _Made:
         """What was tried, from its files if these are of the same trial."""
         folder = self.trial.folder / FOLDER
         record_path, answers_path = folder / f"{name}.json", folder / f"{name}.jsonl"
@@ -216,7 +221,19 @@ def _last_tokens(trial: Trial, responses: Sequence[Response]) -> list[int]:
     return sorted({r.token_ids[-1] for r in responses if r.kind == CAPTION and r.token_ids} | {*ends})
 
 
-def _tokens_that_say(trial: Trial, responses: Sequence[Response], text: str) -> list[int]:
+def _commas(trial: Trial, responses: Sequence[Response]) -> list[int]:
+    """Which tokens of captions are a comma."""
     tokenizer = getattr(trial.model.processor, "tokenizer", trial.model.processor)
     used = {id for r in responses if r.kind == CAPTION for id in r.token_ids or ()}
-    return sorted(id for id in used if str(tokenizer.decode([id])).strip() == text)
+    return sorted(id for id in used if str(tokenizer.decode([id])).strip() == ",")
+
+
+CONTROLS = {
+    "yes-bias": (QUESTION, "yes_ratio", _yes_tokens),
+    "stop-bias": (CAPTION, "length_words", _last_tokens),
+    "comma-bias": (CAPTION, "length_words", _commas),
+}
+"""The yes-ratio matched by a bias on "yes"; caption length by one on what ends a caption, one on commas.
+
+Of each, the kind of responses, the measure that is matched, and which tokens are biased.
+"""

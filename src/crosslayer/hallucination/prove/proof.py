@@ -1,7 +1,8 @@
 """All evidence on one edit: before and after by every method, dose, chance, plain controls, cost."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from crosslayer.files import read_json
 from crosslayer.hallucination.evidence import Change, change, empirical_p, holm
 from crosslayer.hallucination.measures import figure
 from crosslayer.hallucination.planted import PLANTED
-from crosslayer.hallucination.prove.bench import Bench, Control, Cost, Tried
+from crosslayer.hallucination.prove.bench import CONTROLS, Bench, Control, Cost, Tried
 from crosslayer.hallucination.responses import Response, read_responses
 from crosslayer.hallucination.suppress.calibration import Calibration
 from crosslayer.hallucination.suppress.everything import BESIDE, SUPPRESS
@@ -121,10 +122,9 @@ class Proof:
         return plain({**asdict(self), "chance": chance, "cost": {**asdict(self.cost), "ratio": self.cost.ratio}})
 
 
-def prove(
-    trial: Trial, coder: CrossLayerTranscoder, beside: CrossLayerTranscoder | None, strengths: Sequence[float]
-) -> Proof:
-    """Gather the evidence for the edit that suppression kept, trying on the model what its files do not hold yet.
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """The evidence for the edit that suppression kept, from what is tried on the model and from files of what was.
 
     Args:
         trial: that of the suppression.
@@ -132,31 +132,83 @@ def prove(
         beside: the one that was tried beside it.
         strengths: of the dose curves.
     """
-    record = read_suppression(trial.folder)
-    outcomes = [_outcome(trial.folder, name) for name in record["outcomes"]]
-    kept = next(outcome for outcome in outcomes if outcome.method == record["kept"])
-    bench = Bench(trial, {"": coder, **({} if beside is None else {BESIDE: beside})}, kept)
-    before, after = (read_responses(answers_path(trial.folder, name)) for name in (BEFORE, kept.method))
-    curves = [o for o in outcomes if o is kept or (o.method == BESIDE and o.edits)]
-    tried = {o.method: bench.sweep(o, [*strengths, 0.0]) for o in curves}
-    mine = tried[kept.method]
-    return Proof(
-        model=trial.model.id,
-        kept=kept.method,
-        counts=_counts(before),
-        methods=tuple(_tested(trial.folder, outcome, before) for outcome in outcomes),
-        doses={method: tuple(map(_point, some)) for method, some in tried.items()},
-        opposite=changes(next(t for t in mine if not t.strength).answers, mine[0].answers),
-        lowest=mine[0].strength,
-        unchanged=bench.unchanged(),
-        chance=tuple(_chance(record)),
-        beaten=tuple(
-            Beaten(control=control, changes=changes(answers, _same(after, answers)))
-            for control, answers in bench.controls()
-        ),
-        equal_kl=next((_equal_kl(bench, o, kept, after) for o in curves if o is not kept), None),
-        cost=bench.cost(),
-    )
+
+    trial: Trial
+    coder: CrossLayerTranscoder
+    beside: CrossLayerTranscoder | None = None
+    strengths: Sequence[float]
+
+    @cached_property
+    def pieces(self) -> dict[str, Callable[[], object]]:
+        """What is tried, by name, the longest first: each ends in a file, none waits for another.
+
+        What an edit costs is not among these, as it is timed while nothing else runs.
+        """
+        bench = self._bench
+        found = {f"{o.method} at equal KL": partial(bench.at_equal_kl, o) for o in self._others}
+        found |= {name: partial(bench.control, name) for name in CONTROLS}
+        for outcome in self._curves:
+            found |= {f"{outcome.method} at {s:g}": partial(bench.dose, outcome, s) for s in self._doses}
+        return {**found, "unchanged": bench.unchanged}
+
+    def do(self, name: str) -> object:
+        """Try one of these."""
+        return self.pieces[name]()
+
+    def proof(self) -> Proof:
+        """All of it; what files do not hold yet is tried now."""
+        trial, kept, bench = self.trial, self._kept, self._bench
+        before, after = (read_responses(answers_path(trial.folder, name)) for name in (BEFORE, kept.method))
+        tried = {o.method: [bench.dose(o, strength) for strength in self._doses] for o in self._curves}
+        mine = tried[kept.method]
+        controls = filter(None, map(bench.control, CONTROLS))
+        return Proof(
+            model=trial.model.id,
+            kept=kept.method,
+            counts=_counts(before),
+            methods=tuple(_tested(trial.folder, outcome, before) for outcome in self._outcomes),
+            doses={method: tuple(map(_point, some)) for method, some in tried.items()},
+            opposite=changes(next(t for t in mine if not t.strength).answers, mine[0].answers),
+            lowest=mine[0].strength,
+            unchanged=bench.unchanged(),
+            chance=tuple(_chance(self._record)),
+            beaten=tuple(
+                Beaten(control=control, changes=changes(answers, _same(after, answers)))
+                for control, answers in controls
+            ),
+            equal_kl=next((_equal_kl(bench, o, kept, after) for o in self._others), None),
+            cost=bench.cost(),
+        )
+
+    @cached_property
+    def _record(self) -> dict[str, Any]:
+        return read_suppression(self.trial.folder)
+
+    @cached_property
+    def _outcomes(self) -> list[Outcome]:
+        return [_outcome(self.trial.folder, name) for name in self._record["outcomes"]]
+
+    @cached_property
+    def _kept(self) -> Outcome:
+        return next(outcome for outcome in self._outcomes if outcome.method == self._record["kept"])
+
+    @property
+    def _others(self) -> list[Outcome]:
+        """What the kept edit is compared with at equal KL: what the transcoder beside it found, if anything."""
+        return [o for o in self._outcomes if o is not self._kept and o.method == BESIDE and o.edits]
+
+    @property
+    def _curves(self) -> list[Outcome]:
+        return [self._kept, *self._others]
+
+    @property
+    def _doses(self) -> list[float]:
+        return sorted([*self.strengths, 0.0])
+
+    @cached_property
+    def _bench(self) -> Bench:
+        coders = {"": self.coder, **({} if self.beside is None else {BESIDE: self.beside})}
+        return Bench(self.trial, coders, self._kept)
 
 
 def read_suppression(folder: Path) -> dict[str, Any]:
