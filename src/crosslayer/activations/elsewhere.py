@@ -12,6 +12,7 @@ from crosslayer.activations.capture import ModelSource
 from crosslayer.activations.record import Activations
 from crosslayer.data.examples import Example, Examples, hear
 from crosslayer.data.skipped import Apart
+from crosslayer.memory import keep_freed_memory
 from crosslayer.models.load import LoadedModel
 from crosslayer.processes import working
 
@@ -62,6 +63,7 @@ _here: list[ModelSource] = []
 
 
 def _begin(load: Load, seed: int, chunk_prompts: int, batch_prompts: int) -> None:
+    keep_freed_memory()
     model, data = load()
     _here.append(ModelSource(model, data, seed=seed, chunk_prompts=chunk_prompts, batch_prompts=batch_prompts))
 
