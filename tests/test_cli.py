@@ -91,7 +91,27 @@ def test_a_graph_is_written_summed_up_and_drawn(run, train, tmp_path):
     check_refused(run(*command[:-1], tmp_path / "graph.txt"), ".json")
     check_refused(run(*command, "--overwrite", "--target", "cat dog"), "is 2 tokens", "'cat', 'dog'")
     check_refused(run(*command, "--overwrite", "--image", tmp_path / "none.png"), "none.png")
+    check_refused(run(*command, "--overwrite", "--circuit-tracer", tmp_path), "graph.json", "another folder")
     assert AttributionGraph.load(tmp_path / "graph.json").scores == graph.scores
+
+
+def test_a_difference_of_words_is_one_target(run, train, tmp_path):
+    train()
+    command = ["graph", tmp_path / "run", "--prompt", "a cat and", "--out", tmp_path / "graph.json"]
+    assert run(*command, "--target", "cat", "-", "dog", "--max-features", 5)[0] == 0
+    graph = AttributionGraph.load(tmp_path / "graph.json")
+    assert [node.label for node in graph.nodes if node.kind == "target"] == ['"cat" - "dog"']
+
+
+def test_a_graph_never_takes_the_place_of_other_files_unasked(run, train, tmp_path):
+    train()
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    command = ["graph", tmp_path / "run", "--prompt", "a cat and", "--out"]
+    check_refused(run(*command, tmp_path / "run" / "model.json"), "model.safetensors", "already exists")
+    (tmp_path / "graph.json").write_text("{}")
+    check_refused(run(*command, tmp_path / "of" / "graph.json", "--circuit-tracer", tmp_path), "graph.json")
+    assert not (tmp_path / "of").exists()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
 
 
 @pytest.fixture
@@ -125,6 +145,10 @@ def test_what_a_graph_cannot_be_made_of_is_said_in_one_line(run, traced_run, lla
     refused("--token", 1, words="token is 1, but the answer has 1")
     refused("--pool-patches", 2, words="no image patches to pool")
     refused("--max-positions", 0, words="budget of positions is 0")
+    refused("--probability", 95, words="probability is 95.0; choose more than 0, at most 1")
+    refused("--logits", 0, words="0 of the likeliest tokens|at least 1")
+    refused("--node-threshold", 80, words="node_threshold is 80.0")
+    refused("--target", "cat", "-", words="target '\"cat\" - ' is")
     refused(
         "--max-features",
         10**9,
@@ -138,6 +162,8 @@ def test_a_graph_is_checked_beside_another_run(run, train, tmp_path):
     train("--span", 1, out="plt")
     command = ["graph", tmp_path / "run", "--prompt", "is there a cat and", "--out", tmp_path / "graph.json"]
     check_refused(run(*command, "--beside", tmp_path / "plt"), "--beside", "without --check")
+    check_refused(run(*command, "--check", "--beside", tmp_path / "none"), "none")
+    assert not list(tmp_path.glob("graph.*"))
     code, out, _ = run(*command, "--check", "--beside", tmp_path / "plt")
     assert code == 0
     assert "direct edge under freeze, worst gap" in out

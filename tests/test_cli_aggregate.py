@@ -57,5 +57,6 @@ def test_what_cannot_be_aggregated_is_said_in_a_line(run, clt, asked, tmp_path):
     check_refused(run(*command, "--share", 2), "share is 2.0")
     check_refused(run(*command, "--node-threshold", 2), "node_threshold is 2.0")
     check_refused(run(*command, "--max-features", 0), "budget of features is 0")
+    check_refused(run(*command, "--logits", 0), "0 of the likeliest tokens")
     check_refused(run(*command, "--target", "cat dog"), "rows are bad", "'cat dog' is 2 tokens")
     check_refused(run("graph", clt, tmp_path / "no.jsonl", "--aggregate", "--out", tmp_path / "out"), "no such data")

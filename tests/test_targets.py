@@ -7,7 +7,7 @@ import torch
 
 from crosslayer import CrossLayerTranscoder, LoadedModel, Target, UserError, attribute
 from crosslayer.attribution.parts import split
-from crosslayer.attribution.targets import feature_target, named
+from crosslayer.attribution.targets import feature_target, named, sums
 from crosslayer.replacement.local import trace
 from making import finished_coder
 from test_attribute import PROMPT, coder_of, writes_of
@@ -94,6 +94,12 @@ def test_weighted_sums_of_tokens_are_what_they_say(llama):
         assert (target.vocab, target.position) == (None, 7)
     with pytest.raises(UserError, match="is 6 tokens"):
         named('"yes" "no"', logits, tokenizer, 7)
+
+
+def test_words_that_a_shell_splits_are_sums_again():
+    assert sums(["yes", "no"]) == ["yes", "no"]
+    assert sums([" yes", "-", " no", "+", "0.5 'cat'", "dog"]) == ['" yes" - " no" + 0.5 \'cat\'', "dog"]
+    assert sums(["-"]) == ["-"]
 
 
 def test_several_tokens_of_an_answer_are_explained_in_one_graph(llama):

@@ -50,6 +50,6 @@ def _downstream(ax: Axes, checks: Sequence[Faithfulness]) -> None:
         ax.plot(mlps, [at.cosine for at in check.downstream], "o-", ms=4, color=colour, label=check.run or "run")
         ax.plot(mlps, [at.cosine_held for at in check.downstream], "--", lw=1, color=colour)
     ax.set(xlabel="MLPs between", ylabel="cosine", ylim=(0, 1.02))
-    ax.set_title("silencing a feature: change of the stream, replacement and model", fontsize=9)
+    ax.set_title("silencing a feature: the stream's change in both", fontsize=9)
     ax.plot([], [], "--", lw=1, color="#777777", label="if no MLP answers")
     ax.legend(frameon=False, loc="lower left")

@@ -268,7 +268,7 @@ class AttributionGraph:
         """
         path = _checked(path)
         tensors = {name: getattr(self, name) for name in EDGES}
-        write_tensors(path.with_suffix(".safetensors"), tensors)
+        write_tensors(edges_path(path), tensors)
         nodes = [
             {"id": node.id, **asdict(node), "influence": float(value)}
             for node, value in zip(self.nodes, self.influence.node, strict=True)
@@ -296,7 +296,7 @@ class AttributionGraph:
         found = record.get("schema") if isinstance(record, dict) else None
         if found != SCHEMA:
             raise UserError(f"{path}: graph schema {found}, this crosslayer reads {SCHEMA}; make the graph again")
-        edges = path.with_suffix(".safetensors")
+        edges = edges_path(path)
         tensors, _ = read_tensors(edges)
         if record.get("edges_sha256") != _digest(tensors):
             raise UserError(f"{edges}: these are not the edges of {path.name}; make the graph again")
@@ -305,6 +305,11 @@ class AttributionGraph:
             return cls(**parts, nodes=tuple(map(_node, record["nodes"])))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: damaged ({error}); make the graph again") from None
+
+
+def edges_path(path: Path) -> Path:
+    """GRAPH.safetensors, beside GRAPH.json."""
+    return path.with_suffix(".safetensors")
 
 
 def _checked(path: str | Path) -> Path:

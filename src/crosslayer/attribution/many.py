@@ -14,6 +14,7 @@ from crosslayer.attribution.aggregate import Aggregate, check_share
 from crosslayer.attribution.attribute import Budget, attribute
 from crosslayer.attribution.graph import AttributionGraph
 from crosslayer.attribution.tally import Pruning, Tally, read_tally, tally, write_tally
+from crosslayer.attribution.targets import check_likeliest
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import FEW, Example, digest
 from crosslayer.data.skipped import Skipped
@@ -61,6 +62,7 @@ class Tracing:
 
     def __post_init__(self):
         Budget(features=self.features)  # refuses less than 1
+        check_likeliest(self.probability, self.at_most)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,13 +54,25 @@ class Target:
         return Node(kind="target", **known)
 
 
+def check_likeliest(probability: float, at_most: int) -> None:
+    """Refuse what no set of likeliest tokens can be, naming it."""
+    if not 0 < probability <= 1:
+        raise UserError(f"probability is {probability}; choose more than 0, at most 1")
+    if at_most < 1:
+        raise UserError(f"{at_most} of the likeliest tokens are to be explained; choose at least 1")
+
+
 def salient(
     logits: Float[Tensor, " V"], tokenizer: Any, position: int, *, probability: float = 0.95, at_most: int = 10
 ) -> list[Target]:
     """The likeliest next tokens: the smallest set that has this probability, weighted by their own.
 
     Source: "Circuit Tracing" (Anthropic 2025), section "Constructing an attribution graph".
+
+    Raises:
+        UserError: for a probability outside 0 ... 1, or for less than one token.
     """
+    check_likeliest(probability, at_most)
     likely = logits.double().softmax(0).sort(descending=True)
     enough = int((likely.values.cumsum(0) < probability).sum()) + 1
     found = [_token(id, tokenizer, logits, position) for id in likely.indices[: min(enough, at_most)].tolist()]
@@ -81,6 +93,23 @@ def named(text: str, logits: Float[Tensor, " V"], tokenizer: Any, position: int)
         id = token_id(part, tokenizer)
         weights[id] = weights.get(id, 0.0) + weight
     return Target(label=text, vector=_centred(weights, logits), position=position)
+
+
+def sums(words: Sequence[str]) -> list[str]:
+    """Targets as a shell hands them over: `yes`, `-`, `no` is the sum `"yes" - "no"`."""
+    found: list[str] = []
+    for word in words:
+        if found and found[-1].endswith((" + ", " - ")):
+            found[-1] += _quoted(word)
+        elif found and word in ("+", "-"):
+            found[-1] = f"{_quoted(found[-1])} {word} "
+        else:
+            found.append(word)
+    return found
+
+
+def _quoted(text: str) -> str:
+    return text if _terms(text) else f'"{text}"'
 
 
 def _terms(text: str) -> list[tuple[float, str]] | None:

@@ -32,6 +32,8 @@ def open_image(source: Path | bytes, name: str = "image") -> Image.Image:
         raise
     except FileNotFoundError:
         raise UserError(f"{called}: no such image") from None
+    except IsADirectoryError:
+        raise UserError(f"{called}: is a folder; name one image in it") from None
     except UnidentifiedImageError:
         empty = not (source if isinstance(source, bytes) else source.stat().st_size)
         found = "is empty (0 bytes)" if empty else "is not an image that Pillow can read"

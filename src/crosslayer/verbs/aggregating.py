@@ -12,6 +12,7 @@ from crosslayer.attribution.aggregate_summary import contrast_summary, summary
 from crosslayer.attribution.many import GRAPHS, Case, Tracing, Workers
 from crosslayer.attribution.many import aggregate as run_aggregation
 from crosslayer.attribution.tally import Pruning
+from crosslayer.attribution.targets import sums
 from crosslayer.data.examples import Examples
 from crosslayer.data.load import read_data
 from crosslayer.data.reading import Reading
@@ -74,6 +75,7 @@ def aggregate(
     What is there already is taken up, so that the same command goes on where an earlier one ended.
     """
     check_positive(workers=workers, limit=limit or 1)
+    asked = tuple(sums(target))
     coder, loaded = load_run(run, model, loading)
     pruning = Pruning(node_threshold=node_threshold, edge_threshold=edge_threshold)
     tracing = Tracing(probability=probability, at_most=logits, features=max_features, pruning=pruning)
@@ -85,7 +87,7 @@ def aggregate(
         here.first(partial(_claim, folder, examples, overwrite))
         found.append(
             run_aggregation(
-                loaded, coder, Cases(examples, token, target), folder, run=run, tracing=tracing, share=share, seed=seed,
+                loaded, coder, Cases(examples, token, asked), folder, run=run, tracing=tracing, share=share, seed=seed,
                 workers=team, skipped=examples.skipped, crew=here,
             )
         )  # fmt: skip

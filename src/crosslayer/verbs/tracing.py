@@ -7,9 +7,9 @@ from tyro.conf import arg
 
 from crosslayer.attribution.attribute import Budget, attribute
 from crosslayer.attribution.figure import write_figure
-from crosslayer.attribution.graph import AttributionGraph
+from crosslayer.attribution.graph import AttributionGraph, edges_path
 from crosslayer.attribution.summary import summary
-from crosslayer.attribution.targets import is_feature
+from crosslayer.attribution.targets import is_feature, sums
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Example
 from crosslayer.errors import UserError
@@ -30,8 +30,8 @@ def graph(
     target: Annotated[
         tuple[str, ...],
         arg(
-            help="""Tokens to explain, weighted sums ('" yes" - 0.5 " no"'), or features ("feature 5/123 @ 17": layer,
-        number, position; negative positions count from the end); the likeliest tokens by default."""
+            help="""Tokens to explain, differences (" yes" - " no"), weighted sums ('" yes" - 0.5 " no"'), or features
+        ("feature 5/123 @ 17": layer, number, position, negative ones from the end); the likeliest by default."""
         ),
     ] = (),
     probability: Annotated[float, arg(help="Of the likeliest tokens together, explained by default ...")] = 0.95,
@@ -59,36 +59,39 @@ def graph(
     """
     if out.suffix != ".json":
         raise UserError(f"{out}: a graph's file name ends in .json")
-    page = out.with_suffix(".html")
+    page, target = out.with_suffix(".html"), tuple(sums(target))
     if beside is not None and not check:
         raise UserError(f"--beside {beside} is given without --check; add it")
     if check and pool_patches is not None:
         raise UserError(f"--check ablates single features, --pool-patches {pool_patches} pools them; leave one out")
     if check and any(map(is_feature, target)):
         raise UserError("--check measures effects on logits, and --target names a feature; leave one out")
-    for path in (out, page, *(check_paths(out) if check else ())):
+    viewed = () if circuit_tracer is None else (circuit_tracer / out.name,)
+    if out.resolve() in [path.resolve() for path in viewed]:
+        raise UserError(f"--circuit-tracer {circuit_tracer}: {out} is there; choose another folder")
+    for path in (out, edges_path(out), page, *(check_paths(out) if check else ()), *viewed):
         if path.exists() and not overwrite:
             raise UserError(f"{path}: already exists; choose another name or add --overwrite")
     coder, loaded = load_run(run, model, loading)
+    runs = [(run, coder)]
+    if beside is not None:
+        runs.append((beside, CrossLayerTranscoder.load(beside, offload=loading.offload)))
     form = "text" if plain else "chat"
     settings: dict[str, Any] = {
         "response": response, "token": token, "form": form, "targets": target, "probability": probability,
         "at_most": logits, "pool_patches": pool_patches,
         "budget": Budget(features=max_features, seconds=max_seconds, positions=max_positions),
     }  # fmt: skip
-    found = attribute(loaded, coder, prompt, image, **settings, run=run)
+    graphs = [(each, attribute(loaded, each, prompt, image, **settings, run=name)) for name, each in runs]
+    found = graphs[0][1]
     pruned = found.prune(node_threshold, edge_threshold)
-    found.save(out)
-    write_figure(pruned, page)
+    example = Example("prompt", prompt, response, image=image, form=form)
+    told = f"\n{checked_on(loaded, graphs, example, out)}" if check else ""
     if circuit_tracer is not None:
         write_circuit_tracer_graph(pruned, circuit_tracer, slug=out.stem, node_threshold=node_threshold)
-    print(f"{_whole(found)}\n\npruned, as shown in {page}:\n{summary(pruned)}")
-    if check:
-        checked = [(coder, found)]
-        if beside is not None:
-            other = CrossLayerTranscoder.load(beside, offload=loading.offload)
-            checked.append((other, attribute(loaded, other, prompt, image, **settings, run=beside)))
-        print(f"\n{checked_on(loaded, checked, Example('prompt', prompt, response, image=image, form=form), out)}")
+    found.save(out)
+    write_figure(pruned, page)
+    print(f"{_whole(found)}\n\npruned, as shown in {page}:\n{summary(pruned)}\n{told}".rstrip())
 
 
 def _whole(found: AttributionGraph) -> str:
