@@ -118,6 +118,7 @@ def test_several_tokens_of_an_answer_are_explained_in_one_graph(llama):
     ("target", "message"),
     [
         ("feature 7/1 @ 2", "the run has features of layers 0 to 1, none of layer 7"),
+        ("feature 1 @ 2", "a feature is `feature LAYER/NUMBER @ POSITION`"),
         ("feature 1/24 @ 2", "a layer has features 0 to 23"),
         ("feature 1/2 @ 99", r"position 99 is none of the prompt's \d+; choose 0 to"),
         ("feature 1/2 @ -99", "position -99 is none of"),

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
@@ -64,7 +65,7 @@ def attribute(
     history: tuple[tuple[str, str], ...] = (),
     token: int | Sequence[int] = 0,
     form: Literal["chat", "text"] = "chat",
-    targets: Sequence[str | Target] = (),
+    targets: str | Target | Sequence[str | Target] = (),
     probability: float = 0.95,
     at_most: int = 10,
     budget: Budget | None = None,
@@ -84,8 +85,8 @@ def attribute(
         history: earlier turns of the conversation: what was asked and what was answered.
         token: which token of the answer is explained, from 0 on, or which ones together.
         form: `chat` goes through the model's chat template, where it has one; `text` is taken as it is.
-        targets: tokens, weighted sums of some (`"a" - 0.5 "b"`), features (`feature 5/123 @ 17`), or directions; the
-            likeliest tokens when left out.
+        targets: one or several tokens, weighted sums of some (`"a" - 0.5 "b"`), features (`feature 5/123 @ 17`), or
+            directions; the likeliest tokens when left out.
         probability: of the likeliest tokens together.
         at_most: likeliest tokens at most.
         budget: how many features get a row; all by default.
@@ -99,10 +100,11 @@ def attribute(
     ReplacementModel(model, coder)  # refuses one that was trained on a model of another shape
     picture = Path(image) if isinstance(image, str) else image
     picture = open_image(picture) if isinstance(picture, Path) else picture
-    example = Example("prompt", prompt, response, picture, history, form)
+    example = Example(shorten(prompt, 40, placeholder=" ..."), prompt, response, picture, history, form)
     batch = prepare(model.model, model.processor, [example])
     if batch.tokens.shape[1] < 2:
         raise UserError("the prompt is empty: nothing comes after the token that begins it, so nothing can be traced")
+    targets = [targets] if isinstance(targets, str | Target) else targets
     places = [_place(response, number, batch) for number in ([token] if isinstance(token, int) else token)]
     tokenizer = getattr(model.processor, "tokenizer", model.processor)
     if not places:

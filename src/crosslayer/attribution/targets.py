@@ -149,7 +149,10 @@ def token_id(text: str, tokenizer: Any) -> int:
         return ids[0]
     parts = ", ".join(repr(tokenizer.decode([id])) for id in ids) or "nothing"
     what = "is no token of this model" if len(ids) < 2 else f"is {len(ids)} tokens"
-    raise UserError(f"target {text!r} {what} ({parts}); name one of them, a leading space included where it has one")
+    hint = "; a feature is `feature LAYER/NUMBER @ POSITION`" if text.startswith("feature ") else ""
+    raise UserError(
+        f"target {text!r} {what} ({parts}); name one of them, a leading space included where it has one{hint}"
+    )
 
 
 def is_feature(text: str) -> bool:
