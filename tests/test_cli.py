@@ -111,6 +111,9 @@ def test_a_graph_never_takes_the_place_of_other_files_unasked(run, train, tmp_pa
     (tmp_path / "graph.json").write_text("{}")
     check_refused(run(*command, tmp_path / "of" / "graph.json", "--circuit-tracer", tmp_path), "graph.json")
     assert not (tmp_path / "of").exists()
+    (tmp_path / "folder.html").mkdir()
+    check_refused(run(*command, tmp_path / "folder.json", "--overwrite"), "folder.html: is a folder")
+    assert not (tmp_path / "folder.json").exists()
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
 
 

@@ -1,5 +1,6 @@
 """The verb that traces a prompt: graph."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,9 +70,7 @@ def graph(
     viewed = () if circuit_tracer is None else (circuit_tracer / out.name,)
     if out.resolve() in [path.resolve() for path in viewed]:
         raise UserError(f"--circuit-tracer {circuit_tracer}: {out} is there; choose another folder")
-    for path in (out, edges_path(out), page, *(check_paths(out) if check else ()), *viewed):
-        if path.exists() and not overwrite:
-            raise UserError(f"{path}: already exists; choose another name or add --overwrite")
+    _check_free((out, edges_path(out), page, *(check_paths(out) if check else ()), *viewed), overwrite)
     coder, loaded = load_run(run, model, loading)
     runs = [(run, coder)]
     if beside is not None:
@@ -92,6 +91,15 @@ def graph(
     found.save(out)
     write_figure(pruned, page)
     print(f"{_whole(found)}\n\npruned, as shown in {page}:\n{summary(pruned)}\n{told}".rstrip())
+
+
+def _check_free(paths: Iterable[Path], overwrite: bool) -> None:
+    """Refuse names of folders, and of files where they are not to be replaced."""
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, and a file is to be written; choose another name")
+        if path.exists() and not overwrite:
+            raise UserError(f"{path}: already exists; choose another name or add --overwrite")
 
 
 def _whole(found: AttributionGraph) -> str:
