@@ -45,6 +45,9 @@ EDITS = (
     Intervention(layer=0, feature=5, action=Scale(-2.0), where=Positions((2, 4))),
     Intervention(layer=1, feature=7, action=Set(1.5)),
     Intervention(layer=1, feature=7, action=Add(0.5), where=Positions((3,))),
+    Intervention(layer=0, feature=9, action=Ablate(), writes=((1, 0.3),)),
+    Intervention(layer=0, feature=9, action=Set(1.0), writes=((0, 1.0), (2, -0.5))),
+    Intervention(layer=0, feature=11, action=Ablate(), writes=((0, 0.25), (1, 0.5))),
 )
 DIRECTIONS = (
     Steer(layer=1, vector=torch.linspace(-1, 1, 32), action=Ablate(), site="read"),
@@ -111,8 +114,12 @@ def changes(coder: xl.CrossLayerTranscoder, layer: int, x: torch.Tensor, edits) 
     out = torch.zeros(3, *x.shape, dtype=x.dtype)
     if layer in coder.sources:
         i, targets = coder.sources.index(layer), list(coder.wiring.targets(layer))
-        before, after = (coder.decoder.write(i, DenseCodes(acts)) for acts in new_acts(coder, layer, x, edits))
-        out[targets] = (after - before).unflatten(1, (len(targets), -1)).transpose(0, 1)
+        for writes in {edit.writes for edit in edits}:
+            some = [edit for edit in edits if edit.writes == writes]
+            before, after = (coder.decoder.write(i, DenseCodes(acts)) for acts in new_acts(coder, layer, x, some))
+            change = (after - before).unflatten(1, (len(targets), -1)).transpose(0, 1)
+            for place, target in enumerate(targets):
+                out[target] += change[place] * (1.0 if writes is None else dict(writes).get(target, 0.0))
     return out
 
 
@@ -151,10 +158,14 @@ def moved(steer: Steer, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def reaches(edit: Intervention, coder: xl.CrossLayerTranscoder) -> bool:
+    return all(target in coder.wiring.targets(edit.layer) for target, _ in edit.writes or ())
+
+
 @pytest.mark.parametrize("settings", CODERS.values(), ids=CODERS)
 def test_an_edit_is_a_forward_pass_by_hand(double, settings):
     coder, batch = coder_of(**settings).double(), batch_of(double)
-    edits = [edit for edit in EDITS if edit.layer in coder.sources]
+    edits = [edit for edit in EDITS if edit.layer in coder.sources and reaches(edit, coder)]
     with torch.no_grad():
         plain = double.model(**batch.inputs).logits
         logits = logits_of(double, batch, coder, edits)
@@ -312,6 +323,7 @@ def test_an_edit_file_is_read_as_it_was_written(llama, coder, tmp_path):
         ('"kind": "ablate"', '"kind": "abate"', "action is 'abate'; choose one of ablate, scale, set, add"),
         ('"factor"', '"factory"', "action scale has no setting factory"),
         ('"feature": 3', '"feature": "3"', "an intervention has feature '3'; a whole number is wanted"),
+        ("0.3", '"a"', "an intervention is damaged .ValueError"),
         ('"feature": 3,', "", "an intervention feature: missing a required .*argument: 'feature'"),
         ('"strength": 1.0', '"strength": "much"', "its strength is 'much'; a number is wanted"),
         ('"kind": "positions"', '"kind": "part"', "where part has no setting at"),
@@ -334,6 +346,10 @@ def one(**settings) -> Intervention:
     ("make", "named"),
     [
         (lambda: one(layer=3), "an intervention is at layer 3; features are at layers 0 to 2"),
+        (lambda: one(layer=1, writes=((0, 1.0),)), "feature 1.0 writes to layer 0; it writes to layers 1 to 2"),
+        (lambda: one(writes=((1, 1.0), (1, 0.5))), "name one layer or more, each once and with a finite share"),
+        (lambda: one(writes=()), "name one layer or more"),
+        (lambda: one(writes=((1, float("inf")),)), "each once and with a finite share"),
         (lambda: one(feature=24), "on feature 24 of layer 0, which has features 0 to 23"),
         (lambda: one(where=Positions((0, 1))), r"positions are \[0, 1\]; give whole numbers from 1 on"),
         (lambda: one(where=Positions(())), r"positions are \[\]"),

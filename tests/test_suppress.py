@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import crosslayer as xl
-from crosslayer import Ablate, Everywhere, Intervention, Part, Scale, UserError, Wiring
+from crosslayer import Ablate, Everywhere, Intervention, Part, UserError, Wiring
 from crosslayer.hallucination.labelling import Said, label
 from crosslayer.hallucination.responses import Query
 from crosslayer.hallucination.suppress.calibration import Calibration, at_kl
@@ -50,7 +50,7 @@ def responses(model):
 def test_features_turned_down_alike_are_ablated_at_that_strength(double, settings):  # noqa: F811
     coder, batch = coder_of(**settings).double(), batch_of(double)
     chosen = [(s, f) for s in coder.sources for f in (3, 5, 8)]
-    strengths = torch.zeros(len(coder.sources), 24, dtype=torch.float64)
+    strengths = torch.zeros(len(coder.sources), 24, 1, dtype=torch.float64)
     for s, f in chosen:
         strengths[coder.sources.index(s), f] = 0.7
     edits = [Intervention(layer=s, feature=f, action=Ablate(), where=TEXT) for s, f in chosen]
@@ -64,9 +64,9 @@ def test_features_turned_down_alike_are_ablated_at_that_strength(double, setting
 def test_a_strength_of_0_is_the_model_bit_by_bit(llava):
     batch, coder = batch_of(llava), finished_coder(Wiring.full(3))
     plain = llava.model(**batch.inputs).logits
-    with torch.no_grad(), turned_down(llava, coder, torch.zeros(3, 24), Everywhere(), batch):
+    with torch.no_grad(), turned_down(llava, coder, torch.zeros(3, 24, 3), Everywhere(), batch):
         assert torch.equal(llava.model(**batch.inputs).logits, plain)
-    with torch.no_grad(), turned_down(llava, coder, torch.ones(3, 24), Everywhere(), batch):
+    with torch.no_grad(), turned_down(llava, coder, torch.ones(3, 24, 3), Everywhere(), batch):
         assert not torch.equal(llava.model(**batch.inputs).logits, plain)
 
 
@@ -74,21 +74,22 @@ def test_a_strength_of_0_is_the_model_bit_by_bit(llava):
 def test_the_gradient_is_a_finite_difference_of_the_edited_model(double, where):  # noqa: F811
     coder = finished_coder(Wiring.full(3)).double()
     objective = Objective(double, responses(double), HERE, SMALL)
-    strengths = 0.2 + 0.5 * torch.rand(3, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    strengths = 0.2 + 0.5 * torch.rand(3, 24, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     terms, gradient = objective.gradient(coder, strengths, where)
 
     def value(strengths):
         edits = [
-            Intervention(layer=s, feature=f, action=Scale(1 - float(strengths[s, f])), where=where)
+            Intervention(layer=s, feature=f, action=Ablate(), where=where, writes=((t, float(strengths[s, f, t - s])),))
             for s in range(3)
             for f in range(24)
+            for t in range(s, 3)
         ]
         return objective.measure(under(double, coder, edits, 1.0)).value
 
     assert terms.value == pytest.approx(value(strengths), abs=1e-9)
     assert gradient.abs().max() > 0.01
     for place in gradient.abs().flatten().topk(4).indices.tolist():
-        step = torch.zeros(72, dtype=torch.float64).index_fill(0, torch.tensor([place]), STEP).view(3, 24)
+        step = torch.zeros(216, dtype=torch.float64).index_fill(0, torch.tensor([place]), STEP).view(3, 24, 3)
         slope = (value(strengths + step) - value(strengths - step)) / (2 * STEP)
         assert gradient.flatten()[place].item() == pytest.approx(slope, rel=2e-3)
 
@@ -226,7 +227,7 @@ def test_what_is_removed_at_the_first_source_is_what_the_edit_takes_from_its_wri
             handle = llama.sites.layers[0].write.register_forward_hook(lambda *args: writes.append(args[2]))
             llama.model(**batch.inputs)
         handle.remove()
-    strengths = torch.zeros(3, 24)
+    strengths = torch.zeros(3, 24, 1)
     strengths[0, [1, 2]] = 1.0
     delta = removed(llama, coder, strengths, Everywhere(), batch)[:, 0]
     real = batch.position > 0

@@ -131,7 +131,7 @@ def test_random_directions_are_as_long_as_what_the_edit_writes(llama, objective)
     coder = finished_coder(Wiring.full(3))
 
     def norms_of(strength, *edits):
-        made = [Intervention(layer=layer, feature=f, action=action) for layer, f, action in edits]
+        made = [Intervention(layer=s, feature=f, action=a, writes=next(iter(w), None)) for s, f, a, *w in edits]
         return write_norms(objective, coder, made, strength, Everywhere())
 
     norms = norms_of(0.5, (1, 3, Ablate()), (2, 4, Ablate()))
@@ -139,7 +139,8 @@ def test_random_directions_are_as_long_as_what_the_edit_writes(llama, objective)
     assert (norms[1:] > 0).all()
     doubled, half = norms_of(1.0, (1, 3, Ablate())), norms_of(0.5, (1, 3, Ablate()))
     assert doubled[1].item() == pytest.approx(2 * half[1].item(), rel=1e-5)
-    torch.testing.assert_close(norms_of(2.0, (1, 3, Scale(0.75))), half)
+    layers = ((1, 0.5), (2, 0.5))
+    torch.testing.assert_close(norms_of(2.0, (1, 3, Scale(0.5), layers)), half)
     sets = [[e for e in some if isinstance(e, Steer)] for some in random_directions(norms, coder.d_model, TEXT, 3)]
     assert [[edit.layer for edit in some] for some in sets] == [[1, 2]] * 3
     lengths = torch.tensor([[edit.vector.norm() for edit in some] for some in sets])

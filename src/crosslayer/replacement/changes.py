@@ -5,7 +5,7 @@ K what is counted of these (activations, and beside them whether each is active 
 T targets of the layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,7 +63,8 @@ class _Step:
 class FeatureEdits:
     """The features of one layer that are edited: their encoder rows, write vectors and actions.
 
-    `thresholds` [S, F] decide which are active; None where that takes the whole layer.
+    One that is edited with several shares for its targets stands there once for each. `thresholds` [S, F] decide which
+    are active; None where that takes the whole layer.
     """
 
     def __init__(
@@ -75,24 +76,25 @@ class FeatureEdits:
     ):
         assert coder.input_scale is None, "scales are folded before a transcoder is used"
         self.coder, self.layer, self.targets = coder, layer, coder.wiring.targets(layer)
-        features = sorted({edit.feature for edit, _ in edits})
-        place = {feature: i for i, feature in enumerate(features)}
+        known = sorted({(edit.feature, edit.writes or ()) for edit, _ in edits})
+        place = {key: i for i, key in enumerate(known)}
         self.steps: list[_Step] = []
         for edit, rows in edits:
-            last, column = self.steps[-1] if self.steps else None, place[edit.feature]
+            last, column = self.steps[-1] if self.steps else None, place[edit.feature, edit.writes or ()]
             if last is None or column in last.columns or not last.takes(edit, rows):
                 last = _Step(rows, edit.where, [], [])
                 self.steps.append(last)
             last.actions.append(edit.action)
             last.columns.append(column)
-        self.of = torch.tensor(features, device=coder.b_dec.device)
+        self.of = torch.tensor([feature for feature, _ in known], device=coder.b_dec.device)
         i = coder.sources.index(layer)
         self.thresholds = None if thresholds is None else thresholds[i][self.of].detach().clamp_min(0)
         self.W_enc, self.b_enc = fetch_rows(coder.W_enc[i], self.of).detach(), coder.b_enc[i][self.of].detach()
+        shares = _shares([writes for _, writes in known], self.targets).to(coder.b_dec)
         vectors, constants = coder.decoder.vectors(i, self.of), coder.decoder.constants(i, self.of)
         self.constant = constants is not None
-        self.vectors: Float[Tensor, "K T D"] = (
-            vectors if constants is None else torch.cat([vectors, constants])
+        self.vectors: Float[Tensor, "K T D"] = torch.cat(
+            [part * shares for part in (vectors, constants) if part is not None]
         ).detach()
 
     def change(self, x: Float[Tensor, "B P D"], passes: Passes) -> Float[Tensor, "B P K"]:
@@ -109,6 +111,13 @@ class FeatureEdits:
         normed = x if self.coder.input_norm is None else self.coder.input_norm(x)
         pre = linear(normed, self.W_enc, self.b_enc)
         return pre * (pre > self.thresholds)
+
+
+def _shares(known: Sequence[tuple[tuple[int, float], ...]], targets: range) -> Float[Tensor, "U T 1"]:
+    """Of each feature's change, by target; all of it where none are named."""
+    whole = dict.fromkeys(targets, 1.0)
+    rows = [[share.get(target, 0.0) for target in targets] for share in (dict(writes) or whole for writes in known)]
+    return torch.tensor(rows, dtype=torch.float64)[:, :, None]
 
 
 @dataclass

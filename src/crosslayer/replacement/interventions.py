@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -19,16 +20,21 @@ SITES = ("write", "read")
 
 @dataclass(frozen=True, kw_only=True)
 class Intervention:
-    """One feature, changed: what it writes, to every layer that it writes to, changes with its activation."""
+    """One feature, changed: what it writes, to every layer that it writes to, changes with its activation.
+
+    Several of one feature act one after the other; where they reach layers in other shares, beside each other.
+    """
 
     layer: int
     """That the feature reads."""
     feature: int
     action: Action
     where: Where = Everywhere()  # noqa: RUF009
+    writes: tuple[tuple[int, float], ...] | None = None
+    """Layers whose writes change, each with its share of the change; None for all of the feature's, wholly."""
 
     def check(self, coder: CrossLayerTranscoder) -> None:
-        """Refuse a feature that the transcoder does not have.
+        """Refuse a feature that the transcoder does not have, and layers that it does not write to.
 
         Raises:
             UserError: naming it and those there are.
@@ -40,10 +46,22 @@ class Intervention:
                 f"an intervention is on feature {self.feature} of layer {self.layer}, which has features "
                 f"0 to {coder.d_transcoder - 1}"
             )
+        targets, layers = coder.wiring.targets(self.layer), [layer for layer, _ in self.writes or ()]
+        if strange := [layer for layer in layers if layer not in targets]:
+            raise UserError(
+                f"an intervention is on what feature {self.layer}.{self.feature} writes to layer {strange[0]}; "
+                f"it writes to layers {_span(targets)}"
+            )
+        if self.writes == () or len({*layers}) < len(layers) or not all(isfinite(s) for _, s in self.writes or ()):
+            raise UserError(
+                f"an intervention on feature {self.layer}.{self.feature} has writes {self.writes}; name one layer or "
+                "more, each once and with a finite share"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """JSON values that `from_json` reads."""
-        return {"kind": "feature", "layer": self.layer, "feature": self.feature, **_how(self.action, self.where)}
+        place = {"kind": "feature", "layer": self.layer, "feature": self.feature, **_how(self.action, self.where)}
+        return place if self.writes is None else {**place, "writes": [list(write) for write in self.writes]}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,6 +125,8 @@ def from_json(record: dict[str, Any]) -> Edit:
             "action": read_variant("action", ACTIONS, record["action"]),
             "where": read_variant("where", WHERES, _tuples(record["where"])),
         }
+        if settings.get("writes") is not None:
+            settings["writes"] = tuple((layer, float(share)) for layer, share in settings["writes"])
         if "vector" in settings:
             settings["vector"] = torch.tensor(settings["vector"], dtype=torch.float32)
         return read_variant("an intervention", kinds, settings)

@@ -55,7 +55,7 @@ def matched_sets(
 ) -> list[tuple[Intervention, ...]]:
     """The same edits of other features of the same layers, none of those chosen, alike in rate, activation and norm.
 
-    Each feature's place, and so its strength, is taken by one drawn from the `NEAREST` of its layer, by distance of the
+    Each feature's place is taken, with its strengths, by one drawn from the `NEAREST` of its layer, by distance of the
     three logarithms, each in units of its spread over the layer's active features.
 
     Raises:

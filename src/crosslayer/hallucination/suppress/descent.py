@@ -1,6 +1,6 @@
-"""Descent in the strengths of all features at once: how much of each is taken away, from nothing to all of it.
+"""Descent in the strengths of all writes of all features at once: how much of each is taken away, from nothing to all.
 
-Axes: S sources, F features.
+Axes: S sources, F features, T targets.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.errors import UserError
 from crosslayer.hallucination.suppress.objective import Objective
 from crosslayer.hallucination.suppress.selection import Chosen, Step, measured
-from crosslayer.hallucination.suppress.strengths import as_edits
+from crosslayer.hallucination.suppress.strengths import as_edits, no_strengths
 from crosslayer.replacement.where import Part, Where
 
 BETAS = (0.8, 0.95)
@@ -25,8 +25,9 @@ BETAS = (0.8, 0.95)
 class Descent:
     """Adam on the objective and a penalty on the sum of all strengths, which stay within 0 and 1.
 
-    Every step sees hallucinated mentions and clean responses that are drawn for it. After half of the steps those
-    features stay that have lowered the objective most, to first order and step by step; the others are let go.
+    Each feature has a strength for each layer that it writes to. Every step sees hallucinated mentions and clean
+    responses that are drawn for it. After half of the steps those features stay that have lowered the objective most,
+    to first order, step by step and over all their writes; the others are let go.
 
     Raises:
         UserError: for numbers below what they can be.
@@ -37,7 +38,7 @@ class Descent:
     rate: float = 0.1
     """Of the first step; it falls linearly towards 0."""
     penalty: float = 0.001
-    """Of a feature that is taken away wholly, beside a logit of margin."""
+    """Of a write that is taken away wholly, beside a logit of margin."""
     at_most: int = 300
     """Features in the end."""
     drawn: int = 1
@@ -54,8 +55,8 @@ class Descent:
 
     def choose(self, objective: Objective, coder: CrossLayerTranscoder) -> Chosen:
         """See `Strategy.choose`."""
-        strengths = coder.b_dec.new_zeros(len(coder.sources), coder.d_transcoder)
-        lowered, stay = torch.zeros_like(strengths), torch.ones_like(strengths)
+        strengths = no_strengths(coder)
+        lowered, stay = torch.zeros_like(strengths[..., :1]), torch.ones_like(strengths[..., :1])
         optimizer = torch.optim.Adam([strengths], lr=self.rate, betas=BETAS)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
         generator, path = torch.Generator().manual_seed(self.seed), []
@@ -68,7 +69,7 @@ class Descent:
             optimizer.step()
             schedule.step()
             strengths.clamp_(0, 1).mul_(stay)
-            lowered -= gradient * (strengths - before)
+            lowered -= (gradient * (strengths - before)).sum(2, keepdim=True)
             if step == self.steps // 2:
                 stay = _largest(lowered, self.at_most)
                 strengths.mul_(stay)
@@ -77,11 +78,12 @@ class Descent:
         return Chosen(edits=edits, path=tuple(path))
 
 
-def _largest(values: Float[Tensor, "S F"], n: int) -> Float[Tensor, "S F"]:
+def _largest(values: Float[Tensor, "S F 1"], n: int) -> Float[Tensor, "S F 1"]:
     """1 for each of the n largest, 0 for the others."""
     found = values.flatten().topk(min(n, values.numel())).indices
     return torch.zeros_like(values).flatten().index_fill(0, found, 1.0).view_as(values)
 
 
-def _told(strengths: Float[Tensor, "S F"]) -> str:
-    return f"{int((strengths > 0).sum())} features, {float(strengths.sum()):.1f} in all"
+def _told(strengths: Float[Tensor, "S F T"]) -> str:
+    writes = strengths > 0
+    return f"{int(writes.sum())} writes of {int(writes.any(2).sum())} features, {float(strengths.sum()):.1f} in all"

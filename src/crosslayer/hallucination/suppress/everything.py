@@ -36,11 +36,11 @@ class Plan:
     """
 
     steps: int = Descent.steps
-    """Of the descent in the strengths of all features."""
+    """Of the descent in the strengths of all features' writes."""
     at_most: int = Descent.at_most
     """Features of its edit at most."""
     penalty: float = Descent.penalty
-    """Of a feature that is taken away wholly, beside a logit of margin."""
+    """Of a write that is taken away wholly, beside a logit of margin."""
     ranked: int = 16
     """Features that are taken at once by their gradients; 1 for the best alone."""
     sets: int = 20

@@ -5,9 +5,9 @@ falls while a mention is still within the slack of being made. Kept: the same wi
 about the same objects, which a mean over all tokens of responses would hardly see. Collateral: the mean
 KL(original || edited), in nats, at the tokens of the model's own responses about images on which it does not
 hallucinate, with planted partners that are really there among them. The objective is the weighted sum of the three, and
-is differentiable in the strength of each feature.
+is differentiable in the strength of each write of each feature.
 
-Axes: B rows, P positions, V vocabulary, S sources, F features.
+Axes: B rows, P positions, V vocabulary, S sources, F features, T targets.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -151,11 +151,11 @@ class Objective:
     def gradient(
         self,
         coder: CrossLayerTranscoder,
-        strengths: Float[Tensor, "S F"],
+        strengths: Float[Tensor, "S F T"],
         where: Where,
         parts: Sequence["_Part"] | None = None,
-    ) -> tuple[Terms, Float[Tensor, "S F"]]:
-        """The same with features turned down by these strengths, and its derivative in each of them."""
+    ) -> tuple[Terms, Float[Tensor, "S F T"]]:
+        """The same with writes turned down by these strengths, and its derivative in each of them."""
         leaf, sums = strengths.detach().clone().requires_grad_(), {}
         total = torch.zeros_like(leaf)
         for part in _bar(parts or self.parts):

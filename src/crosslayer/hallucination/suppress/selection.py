@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.hallucination.suppress.objective import Objective, Terms
+from crosslayer.hallucination.suppress.strengths import no_strengths
 from crosslayer.models.load import LoadedModel
 from crosslayer.replacement.actions import Ablate
 from crosslayer.replacement.editing import edited
@@ -65,8 +66,8 @@ class Ranked:
 
     def choose(self, objective: Objective, coder: CrossLayerTranscoder) -> Chosen:
         """See `Strategy.choose`."""
-        _, gradient = objective.gradient(coder, _zeros(coder), self.where)
-        best = _largest(-gradient, self.n)
+        _, gradient = objective.gradient(coder, no_strengths(coder), self.where)
+        best = _largest(-gradient.sum(2), self.n)
         return Given(features=_features(coder, best), where=self.where).choose(objective, coder)
 
 
@@ -98,10 +99,6 @@ def under(model: LoadedModel, coder: CrossLayerTranscoder, edits: Sequence[Edit]
     """Edits on the model for passes over a batch, or for what follows its prompts."""
     wheres = tuple(dict.fromkeys(edit.where for edit in edits))
     return Under(lambda batch: edited(model, coder, edits, strength=strength, batch=batch), wheres)
-
-
-def _zeros(coder: CrossLayerTranscoder) -> Float[Tensor, "S F"]:
-    return coder.b_dec.new_zeros(len(coder.sources), coder.d_transcoder)
 
 
 def _largest(gain: Float[Tensor, "S F"], n: int) -> Tensor:

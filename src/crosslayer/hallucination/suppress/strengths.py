@@ -1,10 +1,12 @@
-"""All features of all layers turned down at once, each by a strength of its own: differentiable in every strength.
+"""All writes of all features turned down at once, each by a strength of its own: differentiable in every strength.
 
-To each write is added minus strength x what the feature writes, on the live stream, as `crosslayer.replacement.editing`
-does for features that are ablated; a strength of 0 leaves the model as it is, bit by bit. What this costs is what the
-active features cost, so one backward pass tells what each feature of the transcoder would change.
+A CLT's feature writes to several layers, and each of these writes has a strength: an edge of the circuit can go, and
+the others stay. To each write is added minus strength x what the feature writes, on the live stream, as
+`crosslayer.replacement.editing` does for features that are ablated; a strength of 0 leaves the model as it is, bit by
+bit. What this costs is what the active features cost, so one backward pass tells what each of them would change.
 
-Axes: B prompts, P positions, N positions that are edited, L layers, D d_model, S sources, F features, A active pairs.
+Axes: B prompts, P positions, N positions that are edited, L layers, D d_model, S sources, F features, T a source's
+targets, from the first one on (none beyond them); 1 where all writes of a feature have the same strength.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +23,7 @@ from crosslayer.coders.writes import RunningWrites
 from crosslayer.models.hooks import adding, reading
 from crosslayer.models.load import LoadedModel
 from crosslayer.models.prompts import Batch
-from crosslayer.replacement.actions import Ablate, Action, Scale
+from crosslayer.replacement.actions import Ablate, Scale
 from crosslayer.replacement.interventions import Intervention
 from crosslayer.replacement.passes import Passes, Places
 from crosslayer.replacement.where import Where
@@ -31,16 +33,16 @@ from crosslayer.replacement.where import Where
 def turned_down(
     model: LoadedModel,
     coder: CrossLayerTranscoder,
-    strengths: Float[Tensor, "S F"],
+    strengths: Float[Tensor, "S F T"],
     where: Where,
     batch: Batch | None = None,
 ) -> "Iterator[_Deltas]":
-    """Inside, `model.model` runs with each feature turned down by its strength: 0 not at all, 1 wholly.
+    """Inside, `model.model` runs with each write turned down by its strength: 0 not at all, 1 wholly.
 
     Args:
         model: the language model.
         coder: its transcoder; each layer's features must be decided by that layer alone.
-        strengths: by position in the transcoder's `sources`, and feature; may require a gradient.
+        strengths: by position in the transcoder's `sources`, feature and target; may require a gradient.
         where: at which positions; never where a prompt begins.
         batch: the prompts that will be run, where `where` asks for given answers.
     """
@@ -54,24 +56,35 @@ def turned_down(
         yield deltas
 
 
-def as_edits(coder: CrossLayerTranscoder, strengths: Float[Tensor, "S F"], where: Where) -> tuple[Intervention, ...]:
-    """Each feature that has a strength turned down by it, to the hundredth.
+def no_strengths(coder: CrossLayerTranscoder) -> Float[Tensor, "S F T"]:
+    """Zeros for all writes."""
+    most = max(len(coder.wiring.targets(source)) for source in coder.sources)
+    return coder.b_dec.new_zeros(len(coder.sources), coder.d_transcoder, most)
 
-    What a feature with an offset writes whenever it is active goes with a strength of 1 alone.
-    """
+
+def as_edits(coder: CrossLayerTranscoder, strengths: Float[Tensor, "S F T"], where: Where) -> tuple[Intervention, ...]:
+    """Each feature that has a strength ablated, with its strengths as shares of its writes, to the hundredth."""
     hundredths = (100 * strengths).round().int()
     return tuple(
-        Intervention(layer=coder.sources[s], feature=f, action=_turned_down(int(hundredths[s, f])), where=where)
-        for s, f in hundredths.nonzero().tolist()
+        Intervention(
+            layer=(layer := coder.sources[s]),
+            feature=f,
+            action=Ablate(),
+            where=where,
+            writes=_shares(coder.wiring.targets(layer), hundredths[s, f].tolist()),
+        )
+        for s, f in hundredths.any(2).nonzero().tolist()
     )
 
 
-def as_strengths(coder: CrossLayerTranscoder, edits: Sequence[Intervention]) -> Float[Tensor, "S F"]:
-    """By how much each feature is turned down by edits that ablate or scale."""
-    strengths = coder.b_dec.new_zeros(len(coder.sources), coder.d_transcoder)
+def as_strengths(coder: CrossLayerTranscoder, edits: Sequence[Intervention]) -> Float[Tensor, "S F T"]:
+    """By how much each write is turned down by edits that ablate or scale."""
+    strengths = no_strengths(coder)
     for edit in edits:
-        left = edit.action.factor if isinstance(edit.action, Scale) else 0.0
-        strengths[coder.sources.index(edit.layer), edit.feature] = 1 - left
+        targets, left = coder.wiring.targets(edit.layer), edit.action.factor if isinstance(edit.action, Scale) else 0.0
+        shares = dict.fromkeys(targets, 1.0) if edit.writes is None else dict(edit.writes)
+        for target, share in shares.items():
+            strengths[coder.sources.index(edit.layer), edit.feature, target - targets.start] = share * (1 - left)
     return strengths
 
 
@@ -79,7 +92,7 @@ def as_strengths(coder: CrossLayerTranscoder, edits: Sequence[Intervention]) -> 
 def removed(
     model: LoadedModel,
     coder: CrossLayerTranscoder,
-    strengths: Float[Tensor, "S F"],
+    strengths: Float[Tensor, "S F T"],
     where: Where,
     batch: Batch,
 ) -> Float[Tensor, "N L D"]:
@@ -98,8 +111,10 @@ def active_at(coder: CrossLayerTranscoder, layer: int, x: Float[Tensor, "N D"]) 
     return SparseCodes(Pattern.from_pairs(tokens, features, codes.n_tokens, coder.d_transcoder), values)
 
 
-def _turned_down(hundredths: int) -> Action:
-    return Ablate() if hundredths == 100 else Scale((100 - hundredths) / 100)
+def _shares(targets: range, hundredths: Sequence[int]) -> tuple[tuple[int, float], ...] | None:
+    """By target, without those that have none; None where each has all."""
+    own = [hundredths[min(place, len(hundredths) - 1)] for place in range(len(targets))]
+    return None if set(own) == {100} else tuple((t, h / 100) for t, h in zip(targets, own, strict=True) if h)
 
 
 class _Deltas:
@@ -119,17 +134,16 @@ class _Deltas:
             width = self.coder.b_dec.numel()
             self.writes = RunningWrites(self.coder.decoder, self.coder.b_dec.new_zeros(int(self.rows.sum()), width))
         i = self.coder.sources.index(layer)
-        codes, strength = active_at(self.coder, layer, x.flatten(0, 1)[self.rows]), -self.strengths[i]
-        self.writes.add_linear(self.coder.wiring.targets(layer).start, self._weighted(i, codes, strength))
+        codes, targets = active_at(self.coder, layer, x.flatten(0, 1)[self.rows]), self.coder.wiring.targets(layer)
+        self.writes.add_linear(targets.start, self._weighted(i, codes, -self.strengths[i, :, : len(targets)]))
 
-    def _weighted(self, i: int, codes: SparseCodes, weight: Float[Tensor, " F"]) -> Float[Tensor, "N K"]:
-        """What the active features write, each by its weight."""
-        weights, bank = weight[codes.pattern.features], self.coder.decoder
-        out = SparseCodes(codes.pattern, codes.values * weights).decode(bank.vectors(i).flatten(1))
-        constants = bank.constants(i)
-        if constants is not None:
-            out = out + SparseCodes(codes.pattern, weights).decode(constants.flatten(1))
-        return out
+    def _weighted(self, i: int, codes: SparseCodes, weights: Float[Tensor, "F T"]) -> Float[Tensor, "N K"]:
+        """What the active features write, each write by its weight."""
+        features, codes = codes.compact()
+        weight, bank = weights[features][:, :, None], self.coder.decoder
+        out = codes.decode((bank.vectors(i, features) * weight).flatten(1))
+        constants = bank.constants(i, features)
+        return out if constants is None else out + codes.indicator().decode((constants * weight).flatten(1))
 
     def added(self, layer: int, write: Float[Tensor, "B P D"]) -> Float[Tensor, "B P D"]:
         """What is added to the write of a layer, once all its sources have been read."""
