@@ -1,8 +1,9 @@
 """What capturing to disk costs beside the bare forward pass of the same batches.
 
-The bare pass runs the model's body on batches that are prepared already; a capture prepares the batches (tokens,
-pictures), records every layer's reads and writes, leaves padding out, and writes shards with checksums. Rounds of the
-two alternate. CPU seconds are summed over threads; wall seconds say what is overlapped where cores are free.
+The bare pass runs the model on batches that are prepared already: as its users call it, to logits (`forward`), or
+without the output head (`body`), which a capture does not need either. A capture prepares the batches (tokens,
+pictures), records every layer's reads and writes, leaves padding out, and writes shards with checksums. Rounds of all
+alternate. CPU seconds are summed over threads; wall seconds say what is overlapped where cores are free.
 
     python benchmarks/capture.py --keep
 """
@@ -82,14 +83,19 @@ def timed(call: Callable[[], object]) -> tuple[float, float]:
 
 
 def measure(subject: Subject, folder: Path, rounds: int, batch_prompts: int) -> str:
-    """The ratio of a capture to the bare pass, as a line of a table."""
+    """The ratios of a capture to the bare pass, as a line of a table."""
     model, source = subject.model, ModelSource(subject.model, subject.data, batch_prompts=batch_prompts)
     order = source.prompts(0, len(subject.data))
     groups = [order[i : i + batch_prompts] for i in range(0, len(order), batch_prompts)]
     batches = [prepare(model.model, model.processor, group) for group in groups]
 
     @torch.no_grad()
-    def bare() -> None:
+    def forward() -> None:
+        for batch in batches:
+            model.model(**batch.inputs, use_cache=False)
+
+    @torch.no_grad()
+    def body() -> None:
         for batch in batches:
             model.body(**batch.inputs, use_cache=False)
 
@@ -101,16 +107,17 @@ def measure(subject: Subject, folder: Path, rounds: int, batch_prompts: int) -> 
         xl.capture(model, subject.data, folder, overwrite=True)
 
     capture()  # warm
-    bare()
-    rounds_of = [(timed(bare), timed(prepared), timed(capture)) for _ in tqdm(range(rounds), subject.name)]
+    forward()
+    runs = (forward, body, prepared, capture)
+    rounds_of = [tuple(map(timed, runs)) for _ in tqdm(range(rounds), subject.name)]
 
     def ratio(which: int, *parts: int) -> float:
-        return statistics.median(found[2][which] / sum(found[part][which] for part in parts) for found in rounds_of)
+        return statistics.median(found[3][which] / sum(found[part][which] for part in parts) for found in rounds_of)
 
     n = sum(int(batch.attention.sum()) for batch in batches)
     rate = n / statistics.median(captured[0] for *_, captured in rounds_of)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
-    cells = [f"{ratio(which, *parts):.2f}" for which in (0, 1) for parts in ((0,), (0, 1))]
+    cells = [f"{ratio(which, *parts):.2f}" for which in (0, 1) for parts in ((0,), (1,), (1, 2))]
     return f"| {subject.name} | {n:,} | {rate:,.0f} | {' | '.join(cells)} | {size:.0f} MiB |"
 
 
@@ -126,10 +133,11 @@ def main() -> None:
         f"# Capture beside the bare forward pass, {datetime.now(UTC).date()}",
         "",
         machine("cpu"),
-        "A capture to bf16: its seconds over those of the bare pass, and over those of preparing batches for it too.",
+        "A capture to bf16: its seconds over those of the model's forward pass, of that without its head (body),",
+        "and of the latter and preparing the batches (+).",
         "",
-        "| model | tokens | tokens/s | wall / bare | wall / prepared too | CPU / bare | CPU / prepared too | store |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | tokens | tokens/s | wall/forward | /body | /body + | CPU/forward | /body | /body + | store |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     folder = Path(tempfile.mkdtemp(prefix="capture-"))
     try:

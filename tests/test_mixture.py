@@ -39,6 +39,7 @@ def files(tmp_path):
     told = [{"image": f"{i}.png", "prompt": f"p{i}", "response": "r"} for i in range(30)]
     (tmp_path / "told.jsonl").write_text("\n".join(map(json.dumps, told)))
     (tmp_path / "text.txt").write_text("a cat and a dog\n" * 10)
+    (tmp_path / "other.yaml").write_text("- {data: mix.yaml}")
     return tmp_path
 
 
@@ -90,7 +91,11 @@ def test_bad_rows_of_all_parts_are_noted(files):
             ["- {data: text.txt, weight: 1.0e+9}", "- {data: text.txt}"],
             r"weights \[1000000000.0, 1.0\] make 10,000,000,010",
         ),
-        (["- {data: mix.yaml}"], "mix.yaml: mixes itself; name other data in part 1"),
+        (["- {data: mix.yaml}"], r"mix.yaml: mixes itself \(.*mix.yaml of .*mix.yaml\); name other data in part 1"),
+        (
+            ["- {data: text.txt}", "- {data: other.yaml}"],
+            r"other.yaml: mixes itself \(.*mix.yaml of .*other.yaml of .*mix",
+        ),
     ],
 )
 def test_wrong_mixtures_are_named(files, lines, named):

@@ -12,11 +12,12 @@ import torch
 from crosslayer import Store, UserError, capture
 from crosslayer.activations import to_store, writer
 from crosslayer.activations.capture import ModelSource
+from crosslayer.activations.record import Padded
 from crosslayer.activations.rows import IMAGE, Rows
 from crosslayer.data.load import load_data
 from crosslayer.models.prompts import prepare
 from crosslayer.models.sites import find_sites
-from making import Watched, no_file_larger_than, text_examples
+from making import Watched, no_file_larger_than, random_activations, text_examples
 
 CHUNK = {"chunk_prompts": 20, "batch_prompts": 6}
 SHARD = 40_000
@@ -193,3 +194,12 @@ def test_only_an_old_store_is_overwritten(llama, tmp_path):
     assert len(captured(llama, tmp_path, tokens=50, overwrite=True)) == 50
     assert json.loads((tmp_path / "manifest.json").read_text())["source"]["tokens"] == 50
     assert sorted(files(tmp_path)) == ["manifest.json", "precious", "shard-000000.safetensors"]
+
+
+def test_padding_waits_in_main_memory_where_there_is_little():
+    for kept, waits in ((torch.arange(12), True), (torch.tensor([1, 2, 5, 7, 8, 11]), True), (torch.arange(5), False)):
+        whole = random_activations(12, 3, 4)
+        part = Padded(whole, kept)
+        assert (len(part), part.can_wait) == (len(kept), waits)
+        for name, value in vars(part.first(4).tokens()).items():
+            assert torch.equal(value, getattr(whole, name)[kept[:4]])

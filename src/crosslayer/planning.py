@@ -119,7 +119,7 @@ def _measured_capture(model: LoadedModel, data: Sequence[Example], seed: int) ->
     start = time.perf_counter()
     captured = next(iter(source.captured(source.batches(0))))
     seconds = time.perf_counter() - start
-    bytes_a_token = 2 * model.n_layers * model.d_model * captured.x.element_size()
+    bytes_a_token = 2 * model.n_layers * model.d_model * captured.activations.x.element_size()
     return seconds / len(captured), source.chunk_prompts * source.tokens_a_prompt * bytes_a_token
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crosslayer.activations.ahead import one_ahead
-from crosslayer.activations.record import Activations
+from crosslayer.activations.record import Activations, Padded
 from crosslayer.data.examples import Example, Examples, apart
 from crosslayer.data.skipped import Apart
 from crosslayer.distributed.crew import Crew
@@ -29,41 +29,32 @@ CHUNK_BYTES = 2**30
 @torch.no_grad()
 def capture_all(model: LoadedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """What every MLP read and wrote, as two tensors [B, P, L, D], padding included."""
-    x, y, _ = _recorded(model, batch, model.body, None, model.model.dtype)
+    x, y, _ = _recorded(model, batch, model.body, model.model.dtype)
     return x.unflatten(0, batch.tokens.shape), y.unflatten(0, batch.tokens.shape)
 
 
-def _recorded(
-    model: LoadedModel, batch: Batch, forward: Any, rows: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Any]:
-    """What every MLP read and wrote in a forward pass, [n, L, D] at these rows of [B P] or at all; what that gave.
+def _recorded(model: LoadedModel, batch: Batch, forward: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Any]:
+    """What every MLP read and wrote in a forward pass, [B P, L, D] with padding; and what that gave.
 
     In memory a layer's rows lie side by side, as they come: recording costs the pass less than token by token.
     """
-    n = batch.tokens.numel() if rows is None else len(rows)
-    x = torch.empty(model.n_layers, n, model.d_model, dtype=dtype, device=model.device)
+    x = torch.empty(model.n_layers, batch.tokens.numel(), model.d_model, dtype=dtype, device=model.device)
     y = torch.empty_like(x)
 
     def keep(store: Tensor):
-        def copy(layer: int, tensor: Tensor) -> None:
-            flat = tensor.flatten(0, 1)
-            store[layer].copy_(flat if rows is None else flat.index_select(0, rows))
-
-        return copy
+        return lambda layer, tensor: store[layer].copy_(tensor.flatten(0, 1))
 
     with recording(model.sites, keep(x), keep(y)):
         output = forward(**batch.inputs, use_cache=False)
     return x.transpose(0, 1), y.transpose(0, 1), output
 
 
-def _unpadded(
-    model: LoadedModel, batch: Batch, forward: Any, sample: Tensor, dtype: torch.dtype
-) -> tuple[Activations, Any]:
-    """All tokens but padding, each prompt under its number [B] in `sample`; and what the forward pass gave."""
-    kept = batch.attention.flatten().nonzero().squeeze(1)
-    x, y, output = _recorded(model, batch, forward, None if batch.attention.all() else kept, dtype)
+def _padded(model: LoadedModel, batch: Batch, forward: Any, sample: Tensor, dtype: torch.dtype) -> tuple[Padded, Any]:
+    """All tokens, each prompt under its number [B] in `sample`; and what the forward pass gave."""
+    x, y, output = _recorded(model, batch, forward, dtype)
     columns = (batch.image, batch.position, sample[:, None].expand_as(batch.tokens), batch.tokens)
-    return Activations(x, y, *(column.flatten()[kept] for column in columns)), output
+    activations = Activations(x, y, *(column.flatten() for column in columns))
+    return Padded(activations, batch.attention.flatten().nonzero().squeeze(1)), output
 
 
 def capture(model: LoadedModel, examples: Sequence[Example], numbers: Sequence[int]) -> Activations:
@@ -71,14 +62,14 @@ def capture(model: LoadedModel, examples: Sequence[Example], numbers: Sequence[i
 
     `numbers` are the examples' own in their data set.
     """
-    return _captured(model, prepare(model.model, model.processor, examples), numbers, model.model.dtype)
+    return _captured(model, prepare(model.model, model.processor, examples), numbers, model.model.dtype).tokens()
 
 
 @torch.no_grad()
-def _captured(model: LoadedModel, batch: Batch | None, numbers: Sequence[int], dtype: torch.dtype) -> Activations:
+def _captured(model: LoadedModel, batch: Batch | None, numbers: Sequence[int], dtype: torch.dtype) -> Padded:
     if batch is None:
-        return _nothing(model, dtype)
-    return _unpadded(model, batch, model.body, torch.tensor(numbers, device=model.device), dtype)[0]
+        return Padded(none := _nothing(model, dtype), none.sample)
+    return _padded(model, batch, model.body, torch.tensor(numbers, device=model.device), dtype)[0]
 
 
 def _nothing(model: LoadedModel, dtype: torch.dtype) -> Activations:
@@ -91,8 +82,8 @@ def _nothing(model: LoadedModel, dtype: torch.dtype) -> Activations:
 def capture_batch(model: LoadedModel, batch: Batch) -> tuple[Activations, Float[Tensor, "B P V"]]:
     """Activations of all tokens of prepared prompts but padding, and the logits of the same forward pass."""
     sample = torch.arange(len(batch.tokens), device=model.device)
-    activations, output = _unpadded(model, batch, model.model, sample, model.model.dtype)
-    return activations, output.logits
+    padded, output = _padded(model, batch, model.model, sample, model.model.dtype)
+    return padded.tokens(), output.logits
 
 
 class ModelSource:
@@ -136,7 +127,7 @@ class ModelSource:
             self._last = None  # so that two are never in memory
             parts = [_nothing(self.model, self.model.model.dtype)]
             with together(self.team.everyone):
-                parts += self.captured(self._own_batches(index))
+                parts += (part.tokens() for part in self.captured(self._own_batches(index)))
             self._share_skipped()
             self._last = (index, Activations.concatenate(parts).gather(self.team.features))
         return self._last[1]
@@ -151,7 +142,7 @@ class ModelSource:
         """Numbers of the examples of chunk `index`, or of its first n, batch by batch."""
         return self._in_batches(index * self.chunk_prompts, self.chunk_prompts if n is None else n)
 
-    def captured(self, batches: Iterable[list[int]], dtype: torch.dtype | None = None) -> Iterator[Activations]:
+    def captured(self, batches: Iterable[list[int]], dtype: torch.dtype | None = None) -> Iterator[Padded]:
         """Activations of each batch of examples, the next one prepared meanwhile; x and y in `dtype` if given.
 
         Examples that turn out to be bad are left out; a batch of nothing else is empty.
@@ -166,7 +157,7 @@ class ModelSource:
                 return
             yield self._captured(*following, dtype or self.model.model.dtype)
 
-    def _captured(self, batch: Batch | None, numbers: list[int], dtype: torch.dtype) -> Activations:
+    def _captured(self, batch: Batch | None, numbers: list[int], dtype: torch.dtype) -> Padded:
         if not self.in_step:
             return _captured(self.model, batch, numbers, dtype)
         with hearing():

@@ -42,3 +42,28 @@ class Activations:
     def gather(self, group: Group) -> "Activations":
         """The tokens of all processes of a group, by rank."""
         return Activations(**{name: torch.cat(group.gather(value)) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Padded:
+    """A batch as it was recorded, padding among its tokens: leaving that out costs a copy, which can wait."""
+
+    activations: Activations
+    kept: Int[Tensor, " K"]
+    """Which are no padding."""
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def first(self, n: int) -> "Padded":
+        """The first n tokens that are no padding, at most."""
+        return Padded(self.activations, self.kept[:n])
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether padding may stay for a while: in main memory, where it is half of all tokens at most."""
+        return self.kept.device.type == "cpu" and 2 * len(self) >= len(self.activations)
+
+    def tokens(self) -> Activations:
+        """Those that are no padding."""
+        return self.activations if len(self) == len(self.activations) else self.activations[self.kept]

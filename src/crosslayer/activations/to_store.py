@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from crosslayer.activations.capture import ModelSource
 from crosslayer.activations.manifest import MANIFEST, Manifest, check_same, read_manifest, write_manifest
-from crosslayer.activations.record import Activations
+from crosslayer.activations.record import Padded
 from crosslayer.activations.rows import Rows
 from crosslayer.activations.store import Store
 from crosslayer.activations.together import drop_chunks, fill_together
@@ -161,13 +161,13 @@ def _fill(folder: Path, manifest: Manifest, source: ModelSource, bar: tqdm) -> M
     following = (manifest.next_chunk, manifest.next_batch)
     with StoreWriter(folder, manifest) as writer:
         for chunk, batch, part in _missing(source, manifest):
-            writer.add(Rows.of(part), chunk, batch)
+            writer.add(part if part.can_wait else Rows.of(part.tokens()), chunk, batch)
             following = (chunk, batch + 1)
             bar.update(len(part))
         return writer.finish(*following)
 
 
-def _missing(source: ModelSource, manifest: Manifest) -> Iterator[tuple[int, int, Activations]]:
+def _missing(source: ModelSource, manifest: Manifest) -> Iterator[tuple[int, int, Padded]]:
     """Batches of the stream after the numbers of their chunk and of themselves in it, until there are enough."""
     left = (manifest.source["tokens"] or sys.maxsize) - manifest.rows
     places, ahead = tee(_places(source, manifest))
@@ -175,7 +175,7 @@ def _missing(source: ModelSource, manifest: Manifest) -> Iterator[tuple[int, int
     found = zip(places, parts, strict=True)
     while left > 0 and (following := next(found, None)):
         (chunk, batch, _), part = following
-        yield chunk, batch, part if len(part) <= left else part[:left]
+        yield chunk, batch, part.first(left)
         left -= len(part)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from crosslayer.activations.manifest import MANIFEST, Manifest, Shard, write_manifest
+from crosslayer.activations.record import Padded
 from crosslayer.activations.rows import ORIGIN, Rows
 from crosslayer.activations.store import sha256
 from crosslayer.data.skipped import SKIPPED
@@ -32,12 +33,12 @@ class StoreWriter:
         self.folder, self.manifest = folder, manifest
         bytes_a_row = max(manifest.row_bytes, manifest.working_bytes)
         self._shard_rows = max(1, manifest.source["shard_bytes"] // bytes_a_row)
-        self._parts, self._rows, self._chunk = list[Rows](), 0, 0
+        self._parts, self._rows, self._chunk = list[Rows | Padded](), 0, 0
         self._thread, self._writing = ThreadPoolExecutor(1), Future[None]()
         self._writing.set_result(None)
 
-    def add(self, part: Rows, chunk: int, batch: int) -> None:
-        """Add a batch of rows, at its place in the stream."""
+    def add(self, part: Rows | Padded, chunk: int, batch: int) -> None:
+        """Add a batch of rows in main memory, at its place in the stream, without its padding if there is some."""
         if self._rows and (chunk != self._chunk or self._rows + len(part) > self._shard_rows):
             self._end_shard(chunk, batch)
         self._parts.append(part)
@@ -63,8 +64,9 @@ class StoreWriter:
         parts, self._parts, self._rows = self._parts, [], 0
         self._writing = self._thread.submit(self._write, parts, self._chunk, chunk, batch)
 
-    def _write(self, parts: list[Rows], chunk: int, next_chunk: int, next_batch: int) -> None:
-        rows, form = Rows.concatenate(parts), self.manifest.encoding
+    def _write(self, parts: list[Rows | Padded], chunk: int, next_chunk: int, next_batch: int) -> None:
+        rows = Rows.concatenate([part if isinstance(part, Rows) else Rows.of(part.tokens()) for part in parts])
+        form = self.manifest.encoding
         file = shard_name(len(self.manifest.shards))
         x, y = form.encode("x", rows.x), form.encode("y", rows.y)
         columns = {name: getattr(rows, name).to(dtype) for name, dtype in ORIGIN.items()}

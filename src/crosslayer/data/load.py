@@ -119,7 +119,10 @@ def read_data(
     return examples
 
 
-def _read(source: str | Path, reading: Reading, model: Any, n: int | None, seed: int) -> Examples:
+def _read(
+    source: str | Path, reading: Reading, model: Any, n: int | None, seed: int, within: tuple[Path, ...] = ()
+) -> Examples:
+    """Examples of a source; `within` are the mixtures that it is a part of, the outermost first."""
     path = Path(source)
     if str(source) == EMOJI_SCENES:
         _refuse(source, reading, "images", "prompt", "columns", "plain", "stream", "context")
@@ -129,7 +132,7 @@ def _read(source: str | Path, reading: Reading, model: Any, n: int | None, seed:
         return model_samples(model, N_SAMPLES if n is None else n, reading.context or LENGTH, seed)
     if path.suffix in MIXTURES and path.is_file():
         _refuse(source, reading, "context", "stream")
-        return _mixture(path, reading, model, seed)[slice(n)]
+        return _mixture(path, reading, model, seed, within)[slice(n)]
     rows, native = _rows(source, reading)
     whole = replace(reading, split=None) if native else reading
     examples = _chosen(rows, whole, n if reading.context is None else None)
@@ -221,8 +224,9 @@ def _emoji_scenes(n: int, split: str, seed: int) -> Examples:
     return Examples(EMOJI_SCENES, n, make)
 
 
-def _mixture(path: Path, reading: Reading, model: Any, seed: int) -> Examples:
+def _mixture(path: Path, reading: Reading, model: Any, seed: int, within: tuple[Path, ...]) -> Examples:
     """The parts of a mixture file, each read with its own settings where it has some."""
+    within = (*within, path.resolve())
 
     def settings(part: Mapping[str, Any]) -> Reading:
         if unknown := part.keys() - set(PART_SETTINGS):
@@ -236,9 +240,10 @@ def _mixture(path: Path, reading: Reading, model: Any, seed: int) -> Examples:
     parts, weights, skipped = [], [], Skipped(reading.bad_share)
     for number, (data, weight, own) in enumerate(read_mixture(path, settings), 1):
         beside = path.parent / data
-        if beside == path:
-            raise UserError(f"{path}: mixes itself; name other data in part {number}")
-        parts.append(_read(beside if beside.exists() else data, own, model, None, seed))
+        if (again := beside.resolve()) in within:
+            way = " of ".join(str(mixture) for mixture in (again, *reversed(within[within.index(again) :])))
+            raise UserError(f"{path}: mixes itself ({way}); name other data in part {number}")
+        parts.append(_read(beside if beside.exists() else data, own, model, None, seed, within))
         weights.append(weight)
         for id, reason in parts[-1].skipped.reasons.items():
             skipped.note(f"{number}/{id}", reason)
