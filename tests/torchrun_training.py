@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -102,7 +103,8 @@ def live(asker: socket.socket) -> None:
     except BaseException:
         traceback.print_exc(file=sys.stdout)
     sys.stdout.flush()
-    asker.sendall(bytes([code]))
+    with suppress(BrokenPipeError):  # torchrun may have ended whoever asked
+        asker.sendall(bytes([code]))
     os._exit(code)
 
 
