@@ -111,6 +111,17 @@ def test_what_is_done_piece_by_piece_is_the_whole(model, coder, folder, first, t
     assert (found.kept, found.chance) == (first.kept, first.chance)
 
 
+def test_all_methods_act_at_the_positions_asked_for(model, coder, folder, tmp_path):
+    shutil.copy(folder / "responses.jsonl", tmp_path)
+    plan = replace(PLAN, where="answer", sets=0)
+    tried = Contest(trial=trial(model, tmp_path), coder=coder, plan=plan, beside=coder, circuit=((0, 1), (2, 2)))
+    edits = {outcome.method: outcome.edits for outcome in tried.result().outcomes}
+    assert [method for method, some in edits.items() if not some] == []
+    assert {edit.where for some in edits.values() for edit in some} == {Part("answer")}
+    with pytest.raises(UserError, match="a part is 'end'; choose one of image, text, answer"):
+        Plan(where="end")
+
+
 def test_what_an_outcome_depends_on_is_told_alike_in_every_process(model, coder, folder):
     methods = contest(trial(model, folder), coder).ours | contest(trial(model, folder), coder).baselines
     assert not [name for name, method in methods.items() if " at 0x" in repr(method.strategy)]

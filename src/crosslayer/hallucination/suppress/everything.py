@@ -20,6 +20,7 @@ from crosslayer.hallucination.suppress.protocol import Method, Trial
 from crosslayer.hallucination.suppress.selection import Feature, Given, Ranked, Strategy
 from crosslayer.replacement.edit_file import EditFile
 from crosslayer.replacement.interventions import Intervention
+from crosslayer.replacement.where import Part
 
 SUPPRESS, EDIT = "suppress.json", "edit.json"
 """Names in a folder of results: what came out, and the edit that is kept."""
@@ -45,8 +46,11 @@ class Plan:
     """Features that are taken at once by their gradients; 1 for the best alone."""
     sets: int = 20
     """Random sets of features like those chosen, and of directions as long; 0 for none."""
+    where: str = "text"
+    """Positions at which all methods act: text, answer (of which that is a part) or image."""
 
     def __post_init__(self):
+        Part(self.where)  # refuses what is none
         if min(self.steps, self.at_most, self.ranked) < 1 or min(self.penalty, self.sets) < 0:
             raise UserError(
                 f"steps, at_most and ranked are {self.steps}, {self.at_most}, {self.ranked}, penalty and sets "
@@ -55,7 +59,7 @@ class Plan:
 
     def descent(self, seed: int) -> Descent:
         """The main method, the same for a run and for the one beside it."""
-        return Descent(steps=self.steps, at_most=self.at_most, penalty=self.penalty, seed=seed)
+        return Descent(where=Part(self.where), steps=self.steps, at_most=self.at_most, penalty=self.penalty, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,16 +126,18 @@ class Contest:
     @cached_property
     def ours(self) -> dict[str, Method]:
         """Methods that turn down features of the transcoder, by name."""
-        strategies: dict[str, Strategy] = {"descent": self._descent, "ranked": Ranked(n=self.plan.ranked)}
+        where = Part(self.plan.where)
+        strategies: dict[str, Strategy] = {"descent": self._descent, "ranked": Ranked(n=self.plan.ranked, where=where)}
         if self.circuit:
-            strategies["circuit"] = Given(features=tuple(self.circuit))
+            strategies["circuit"] = Given(features=tuple(self.circuit), where=where)
         return {name: Method(name=name, strategy=s, coder=self.coder) for name, s in strategies.items()}
 
     @cached_property
     def baselines(self) -> dict[str, Method]:
         """The other methods."""
         found = [] if self.beside is None else [Method(name=BESIDE, strategy=self._descent, coder=self.beside)]
-        found += [Method(name=name, strategy=Along(direction=name), coder=self.coder) for name in DIRECTIONS]
+        along = [Along(direction=name, where=Part(self.plan.where)) for name in DIRECTIONS]
+        found += [Method(name=way.direction, strategy=way, coder=self.coder) for way in along]
         return {method.name: method for method in found}
 
     @property
