@@ -28,6 +28,7 @@ from pair import PAIRS
 from safetensors.torch import save_file
 
 from crosslayer.attribution.graph import AttributionGraph
+from crosslayer.coders.transcoder import CrossLayerTranscoder
 
 HERE = Path(__file__).parent
 TIMED = (("transformerlens", 64), ("transformerlens", 256), ("nnsight", 64))
@@ -55,8 +56,10 @@ class Row:
 def write_large(folder: Path, active: int) -> None:
     """A random Llama of SmolLM2-135M's shape with a CLT of which so many features a layer and position are active."""
     case = replace(costs.CASES["SmolLM2-135M's shape, 12 tokens"], active=active)
-    model, prompt = costs.loaded(case), costs.example(case).prompt
-    pair.write(model.model, model.processor, costs.make_coder(case, model), folder, prompt, "cat dog bus")
+    with tempfile.TemporaryDirectory(prefix="graph-") as made:
+        costs.make(case, Path(made))
+        model, coder = costs.loaded(case, Path(made)), CrossLayerTranscoder.load(Path(made))
+        pair.write(model.model, model.processor, coder, folder, costs.example(case).prompt, "cat dog bus")
 
 
 def measure(folder: Path) -> dict[str, Any]:

@@ -102,6 +102,21 @@ def test_all_that_is_written_adds_up_to_every_read_and_to_the_logits(name):
     assert local.gap < 1e-5
 
 
+@pytest.mark.parametrize("name", EXACT)
+def test_logits_of_the_last_positions_alone_are_those_of_all(name):
+    model = loaded(name)
+    coder, batch = coder_of(model), prompt_of(model)
+    P = batch.tokens.shape[1]
+    whole, some = (trace(model, coder, batch, logits_from) for logits_from in (0, P - 2))
+    assert some.logits.shape[1] == 2
+    vectors = torch.randn(3, whole.logits.shape[2], dtype=whole.logits.dtype)
+    for place in (P - 2, P - 1):
+        torch.testing.assert_close(some.logits_at(place), whole.logits[0, place])
+        found, wanted = (total(local, local.into_logits(place, vectors)) for local in (some, whole))
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+        assert torch.equal(some.logits_at(place - P), some.logits_at(place))
+
+
 @pytest.mark.parametrize("name", [name for name in (*TEXT, *VISUAL) if name not in EXACT])
 def test_what_is_not_linear_is_refused_with_the_measure(name):
     model = loaded(name)

@@ -112,7 +112,8 @@ def attribute(
     if not any(isinstance(asked, Target) or is_feature(asked) for asked in targets):
         batch = batch.until(max(places) + 1)
     inputs = inputs_of(batch, tokenizer, picture, pool_patches)
-    local = trace(model, coder, batch)
+    of_logits = [made.position for made in targets if isinstance(made, Target) and made.layer is None]
+    local = trace(model, coder, batch, min(at % batch.tokens.shape[1] for at in (*places, *of_logits)))
     first, limits = batch.position[0] == 0, budget or Budget()
     most = (limits.features, limits.positions)
     check_memory(forecast(local, coder, first, inputs.cell, BATCH_BYTES, *most), local)
@@ -122,7 +123,7 @@ def attribute(
         if targets:
             return [made for asked in targets for made in _made(asked, local, parts, coder, tokenizer, places)]
         likely = {"probability": probability, "at_most": at_most}
-        return [made for at in places for made in salient(local.logits[0, at].detach(), tokenizer, at, **likely)]
+        return [made for at in places for made in salient(local.logits_at(at).detach(), tokenizer, at, **likely)]
 
     grown = _grown(local, split(local, coder, first), inputs, wanted, limits)
     return grown.graph(prompt, batch, tokenizer, model.id, run)
@@ -149,7 +150,7 @@ def _made(
         return [checked(asked, local)]
     if is_feature(asked):
         return [feature_target(asked, parts, coder, local.stream.shape[1])]
-    return [named(asked, local.logits[0, place].detach(), tokenizer, place) for place in places]
+    return [named(asked, local.logits_at(place).detach(), tokenizer, place) for place in places]
 
 
 @dataclass(frozen=True)
@@ -275,14 +276,14 @@ class _Growing:
     def _add_targets(self, layer: int | None, position: int, mine: list[int]) -> None:
         n, vectors = len(mine), torch.stack([self.targets[k].vector for k in mine])
         if layer is None:
-            sources, output = self.local.into_logits(position, vectors), self.local.logits
+            sources, output = self.local.into_logits(position, vectors), self.local.logits_at(position)
         else:
             sources = self.local.into_reads(torch.full((n,), layer), torch.full((n,), position), vectors)
-            output = self.local.reads[layer]
+            output = self.local.reads[layer][0, position]
         bias = torch.tensor([self.targets[k].bias for k in mine])
         rows = rows_of(self.local, self.parts, sources, self.lowest)
         rows.biases[:, self.local.n_layers if layer is None else layer] += bias.to(rows.biases)
-        value = vectors.to(output) @ output[0, position] + bias.to(output)
+        value = vectors.to(output) @ output + bias.to(output)
         self._add(rows, self.at_targets[mine], value)
 
     def limited(self, budget: Budget) -> bool:

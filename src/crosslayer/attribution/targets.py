@@ -216,7 +216,7 @@ def checked(target: Target, local: LocalReplacement) -> Target:
     Raises:
         UserError: for a layer or position that is not there, a vector of another size or not finite, a weight below 0.
     """
-    whose, (_, P, V) = f"target {target.label!r}", local.logits.shape
+    whose, P, V = f"target {target.label!r}", local.stream.shape[1], local.logits.shape[2]
     if target.layer is not None and not 0 <= target.layer < local.n_layers:
         raise UserError(f"{whose}: layer {target.layer} is none of the model's; choose 0 to {local.n_layers - 1}")
     size, what = (V, "logits") if target.layer is None else (local.stream.shape[2], "read")

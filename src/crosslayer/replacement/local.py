@@ -4,12 +4,14 @@ Attention patterns and norm denominators are held at the prompt's values, and ev
 what the transcoder reconstructs plus an error. The model's own activations and logits come out, only now each is a sum
 over what was written. Source: "Circuit Tracing" (Anthropic 2025), section "The local replacement model".
 
-Axes: P positions, R rows (targets whose sources are asked for), D d_model, V vocabulary.
+Axes: P positions, K of them, the last ones, whose logits are wanted, R rows (targets whose sources are asked for),
+D d_model, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ Models in float64 compute some norms and patterns in float32 all the same.
 class LocalReplacement:
     """One prompt, traced; `trace` makes it."""
 
-    logits: Float[Tensor, "1 P V"]
+    logits: Float[Tensor, "1 K V"]
     reads: tuple[Float[Tensor, "1 P D"], ...]
     """What each layer's encoder reads, after a norm of the transcoder's own."""
     stream: Float[Tensor, "1 P D"]
@@ -66,6 +68,14 @@ class LocalReplacement:
         """Of attention in a layer."""
         return getattr(self.layers.model.model.config.get_text_config(), "num_attention_heads", 1)
 
+    def logits_at(self, position: int) -> Float[Tensor, " V"]:
+        """Those of one position, which must be among the wanted ones; negative ones count from the end."""
+        return self.logits[0, self._from_the_end(position)]
+
+    def _from_the_end(self, position: int) -> int:
+        n_positions = self.stream.shape[1]
+        return position % n_positions - n_positions
+
     def rest(self) -> None:
         """Let go of the model's weights, as far as they are maps of its files, until a layer is next run."""
         give_back(self.layers.model.model.parameters())
@@ -93,7 +103,7 @@ class LocalReplacement:
         last, head = self.n_layers - 1, self.head
         leaves = [head.entries[last], head.writes[last], *head.biases.values()]
         with torch.enable_grad():
-            logits = head.logits[:, position]
+            logits = head.logits[:, self._from_the_end(position)]
         entry, write, *grads = pull({logits: vectors[:, None].to(logits)}, leaves)
         biases = {at: entry.new_zeros(len(vectors)) for at in (last, last + 1)}
         for (name, bias), grad in zip(head.biases.items(), grads, strict=True):
@@ -103,20 +113,20 @@ class LocalReplacement:
         yield from self.layers.onward(step)
 
 
-def trace(model: LoadedModel, coder: CrossLayerTranscoder, batch: Batch) -> LocalReplacement:
-    """The local replacement model of one prompt.
+def trace(model: LoadedModel, coder: CrossLayerTranscoder, batch: Batch, logits_from: int = 0) -> LocalReplacement:
+    """The local replacement model of one prompt, with logits of the position `logits_from` and later ones.
 
     Raises:
         UserError: when what is frozen does not make the model linear, with what was measured.
     """
-    frozen = Frozen()
-    with eager_attention(model.model):
+    frozen, kept = Frozen(), partial(_last_logits, model, batch.tokens.shape[1] - logits_from)
+    with eager_attention(model.model), kept():
         plain = _plain_pass(model, batch)
         run = _FrozenPass(model, coder, plain).run(batch, frozen)
 
     @torch.no_grad()
     def replay(stream: Tensor | float, writes: Mapping[int, Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
-        with eager_attention(model.model):
+        with eager_attention(model.model), kept():
             again = _FrozenPass(model, coder, plain, stream, writes).run(batch, frozen)
         return tuple(again.reads[layer] for layer in range(model.n_layers)), again.logits
 
@@ -134,6 +144,12 @@ def trace(model: LoadedModel, coder: CrossLayerTranscoder, batch: Batch) -> Loca
         Layers(model, coder, tuple(run.call(layer) for layer in range(n))),
         run,
     )
+
+
+def _last_logits(model: LoadedModel, n: int) -> AbstractContextManager[None]:
+    """Inside, logits of the last n positions alone are computed; some models' own setting for it changes layers too."""
+    output = model.model.get_output_embeddings()
+    return changing([] if output is None else [output], lambda _, x: x[:, -n:])
 
 
 @dataclass
@@ -256,11 +272,16 @@ def _bias_layers(model: LoadedModel) -> dict[str, int]:
 
 
 def _crookedness(replay: Callable[..., Any], run: _FrozenPass) -> float:
-    """|f(2v) - 2 f(v) + f(0)| / |f(v) - f(0)| of the frozen logits f, for a random change v of the stream."""
+    """|f(2v) - 2 f(v) + f(0)| / |f(v) - f(0)| for a random change v of the stream.
+
+    The larger one of f the logits and f what the last layer reads, which is of all positions.
+    """
     v = torch.randn(run.stream.shape, generator=torch.Generator().manual_seed(0)).to(run.stream)
     v *= run.stream.square().mean().sqrt()
-    f = [run.logits.detach(), *(replay(scale * v, {})[1] for scale in (1.0, 2.0))]
-    return ((f[2] - 2 * f[1] + f[0]).norm() / (f[1] - f[0]).norm().clamp_min(1e-30)).item()
+    (reads, logits), (reads_of_two, logits_of_two) = (replay(scale * v, {}) for scale in (1.0, 2.0))
+    of_reads = run.reads[run.last], reads[-1], reads_of_two[-1]
+    of_logits = run.logits.detach(), logits, logits_of_two
+    return max(((c - 2 * b + a).norm() / (b - a).norm().clamp_min(1e-30)).item() for a, b, c in (of_reads, of_logits))
 
 
 def _check(model: LoadedModel, gap: float, crooked: float) -> None:
