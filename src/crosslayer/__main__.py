@@ -1,5 +1,5 @@
 """`python -m crosslayer`."""
 
-from crosslayer.cli import main
+from crosslayer_command import main
 
 main()
