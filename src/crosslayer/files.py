@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,20 @@ def claim_folder(path: Path, overwrite: bool, ours: Sequence[str]) -> None:
         sweep(path)
     except OSError as error:
         raise UserError(f"{path}: cannot use this folder ({error.strerror}); choose another") from None
+
+
+@contextmanager
+def vacated(path: Path) -> Iterator[None]:
+    """After an exception, remove those folders on the way to `path` that were made inside and hold nothing finished."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # of a folder that was never made, or holds something
+            sweep(path)
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def sweep(folder: Path) -> None:

@@ -17,7 +17,7 @@ def summary(found: Aggregate, n: int = 12) -> str:
         f"{len(found):,} graphs; replacement score {scores['replacement_score']}, completeness score "
         f"{scores['completeness_score']}\n{len(found.nodes):,} nodes and {len(found.edges):,} edges are in the "
         f"circuits of {found.share:.0%} of the graphs or more; the edges of a circuit carry "
-        f"{1 - scores['edges_left_out'].value:.0%} of the influence of all edges"
+        f"{1 - scores['edges_left_out'].value:.0%} of the influence of all edges{_left_out(scores['left_out'].value)}"
     )
     nodes = [
         f"{row.influence}  {_signed(row.effect)}  in {row.active:4.0%}, circuit {row.kept:4.0%}  {row.role}"
@@ -44,6 +44,10 @@ def contrast_summary(found: Contrast, n: int = 16) -> str:
             _block(f"edges: {_counts(found.edges)}", edges[:n]),
         ]
     )
+
+
+def _left_out(share: float) -> str:
+    return f"; {share:.1%} of influence ends at features without a row of their own" if share > 0 else ""
 
 
 def _counts(changes: tuple[Change, ...]) -> str:

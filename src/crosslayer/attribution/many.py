@@ -1,7 +1,8 @@
 """Graphs of many examples: a small file each, so that what ends early goes on where it was."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from crosslayer.attribution.tally import Pruning, Tally, read_tally, tally, writ
 from crosslayer.attribution.targets import check_likeliest
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import FEW, Example, digest
-from crosslayer.data.skipped import Skipped
+from crosslayer.data.skipped import SKIPPED, Skipped
 from crosslayer.distributed.crew import ALONE, Crew
 from crosslayer.errors import UserError
 from crosslayer.files import appeared
@@ -57,11 +58,17 @@ class Tracing:
     """Likeliest tokens at most."""
     features: int | None = None
     """Features with a row of their own, the most influential first; all by default."""
+    positions: int | None = None
+    """Rows only at so many positions of each prompt, the most influential; a cell of patches counts as one."""
+    pool_patches: int | None = None
+    """Image patches are taken together in a grid of so many cells a side; each alone by default."""
     pruning: Pruning = field(default_factory=Pruning)
     """What counts as a graph's circuit."""
 
     def __post_init__(self):
-        Budget(features=self.features)  # refuses less than 1
+        if self.pool_patches is not None and self.pool_patches < 1:
+            raise UserError(f"pool_patches is {self.pool_patches}; choose at least 1, or leave it out")
+        Budget(features=self.features, positions=self.positions)  # refuses less than 1
         check_likeliest(self.probability, self.at_most)
 
 
@@ -107,7 +114,8 @@ def aggregate(
         share: nodes and edges are listed that the circuits of this share of the graphs have.
         seed: of the bootstrap.
         workers: processes to share the work; this one alone when left out.
-        skipped: takes note of cases that cannot be traced; without it the first one is an error.
+        skipped: takes note of cases that cannot be traced, and lists them in `out` once there is a graph; without it
+            the first one is an error.
         crew: the processes that torchrun started, instead of `workers`; all of them have the result.
 
     Raises:
@@ -126,17 +134,26 @@ def aggregate(
         outcomes = _shared(workers, tracer, cases, missing)
     else:
         raise UserError(f"workers is {workers.n} though torchrun started {crew.size} processes; leave it out")
-    with tqdm(total=len(files), initial=len(found), unit="graph", desc="aggregate", disable=None, leave=False) as bar:
+    listed, reasons = skipped if crew.leads else None, []
+    if found:
+        _list(listed, Path(out))
+    bar = tqdm(total=len(files), initial=len(found), unit="graph", desc="aggregate", disable=None, leave=False)
+    with closing(outcomes), bar:
         try:
             for i, (id, reason) in zip(missing, outcomes, strict=True):
+                if reason:
+                    reasons.append(reason)
+                else:
+                    found[i] = tracer.read(appeared(files[i]), cases[i])
+                    _list(listed, Path(out))
                 if crew.leads:
                     _note(skipped, id, reason, len(cases))
-                if not reason:
-                    found[i] = tracer.read(appeared(files[i]), cases[i])
                 bar.update()
         except KeyboardInterrupt:
             done = f"{sum(file.exists() for file in files):,} of {len(files):,} graphs"
             raise KeyboardInterrupt(f"stopped after {done}; the same command goes on from there") from None
+    if reasons and not found:
+        raise UserError(f"none of {len(cases)} examples can be traced; the first: {reasons[0]}")
     return Aggregate(tallies=tuple(found[i] for i in sorted(found)), about=tracer.about, share=share, seed=seed)
 
 
@@ -169,7 +186,8 @@ class _Tracer:
         return attribute(
             self.model, self.coder, example.prompt, example.picture(), response=example.response,
             history=example.history, form=example.form, token=case.token, targets=case.targets,
-            probability=tracing.probability, at_most=tracing.at_most, budget=Budget(features=tracing.features),
+            probability=tracing.probability, at_most=tracing.at_most, pool_patches=tracing.pool_patches,
+            budget=Budget(features=tracing.features, positions=tracing.positions),
         )  # fmt: skip
 
     def _made_of(self, case: Case) -> dict[str, Any]:
@@ -203,7 +221,7 @@ def _content(example: Example) -> str:
 
 def _alone(
     tracer: _Tracer, cases: Sequence[Case], missing: Mapping[int, Path], crew: Crew
-) -> Iterator[tuple[str, str]]:
+) -> Generator[tuple[str, str]]:
     """Of each example, its name and why it cannot be traced, where that is so."""
     numbers = list(missing)
     for outcome in crew.map(lambda i: {"is": tracer.write(missing[numbers[i]], cases[numbers[i]])}, len(numbers)):
@@ -213,7 +231,7 @@ def _alone(
 
 def _shared(
     workers: Workers, tracer: _Tracer, cases: Sequence[Case], missing: Mapping[int, Path]
-) -> Iterator[tuple[str, str]]:
+) -> Generator[tuple[str, str]]:
     """The same by several processes, in the same order."""
     jobs = iter(missing.items())
     with working(workers.n, _begin, workers.load, tracer.run, tracer.tracing) as pool:
@@ -232,6 +250,12 @@ def _begin(load: Callable, run: str, tracing: Tracing) -> None:
 
 def _work(job: tuple[Path, Case]) -> tuple[str, str]:
     return _here[0].write(*job)
+
+
+def _list(skipped: Skipped | None, out: Path) -> None:
+    """List what is noted beside the graphs, unless it is listed already."""
+    if skipped is not None and skipped.file is None:
+        skipped.list_in(out / SKIPPED)
 
 
 def _note(skipped: Skipped | None, id: str, reason: str, of: int) -> None:

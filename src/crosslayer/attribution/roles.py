@@ -40,7 +40,8 @@ def roles(graph: AttributionGraph, token: int = 0, patches: Mapping[int, str] | 
     Args:
         graph: of one prompt.
         token: which token of the answer it explains, as `attribute` was told.
-        patches: names for some image patches, by their number in reading order; the others are `image`.
+        patches: names for some image patches, by their number in reading order; the others are `image`. A cell of
+            pooled patches has the names of its patches, joined by " + " where they are several.
     """
     where = places(graph, token, patches or {})
     return [_role(node, where) for node in graph.nodes]
@@ -50,10 +51,15 @@ def places(graph: AttributionGraph, token: int, patches: Mapping[int, str]) -> l
     """The place that each position belongs to; see `roles`."""
     last = max(node.position or 0 for node in graph.nodes if node.kind == "target")
     found = ["prompt" if p <= last - token else "answer" for p in range(len(graph.tokens))]
-    seen = [node.position for node in graph.nodes if node.kind == "patch" and node.layer is None]
     found[last] = "last"
-    for number, position in enumerate(sorted(p for p in seen if p is not None)):
-        found[position] = patches.get(number, "image")
+    cells = [
+        node.pooled or (node.position or 0,) for node in graph.nodes if node.kind == "patch" and node.layer is None
+    ]
+    number = {position: n for n, position in enumerate(sorted(p for cell in cells for p in cell))}
+    for cell in cells:
+        names = [patches[number[p]] for p in cell if number[p] in patches]
+        for position in cell:
+            found[position] = " + ".join(dict.fromkeys(names)) or "image"
     return found
 
 

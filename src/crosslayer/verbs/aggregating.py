@@ -1,6 +1,7 @@
 """The verb that traces a data set: `graph --aggregate`."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -16,9 +17,8 @@ from crosslayer.attribution.targets import sums
 from crosslayer.data.examples import Examples
 from crosslayer.data.load import read_data
 from crosslayer.data.reading import Reading
-from crosslayer.data.skipped import SKIPPED
 from crosslayer.distributed.joining import crew
-from crosslayer.files import claim_folder
+from crosslayer.files import claim_folder, vacated
 from crosslayer.model_options import AS_SAVED
 from crosslayer.verbs.arguments import (
     Data,
@@ -63,6 +63,10 @@ def aggregate(
     probability: Annotated[float, arg(help="Of the likeliest tokens together, explained by default ...")] = 0.95,
     logits: Annotated[int, arg(help="... and how many of them at most.")] = 10,
     max_features: Annotated[int | None, arg(help="Features with a row, the most influential first; or all.")] = None,
+    max_positions: Annotated[int | None, arg(help="Rows only at so many positions, the most influential.")] = None,
+    pool_patches: Annotated[
+        int | None, arg(help="Take image patches together in N x N cells: fewer nodes and rows, still exact.")
+    ] = None,
     node_threshold: Annotated[float, arg(help="Share of influence that the nodes of a circuit carry.")] = 0.8,
     edge_threshold: Annotated[float, arg(help="Share of influence that the edges among them carry.")] = 0.98,
     seed: Annotated[int, arg(help="Of the bootstrap.")] = 0,
@@ -78,19 +82,23 @@ def aggregate(
     asked = tuple(sums(target))
     coder, loaded = load_run(run, model, loading)
     pruning = Pruning(node_threshold=node_threshold, edge_threshold=edge_threshold)
-    tracing = Tracing(probability=probability, at_most=logits, features=max_features, pruning=pruning)
+    tracing = Tracing(
+        probability=probability, at_most=logits, features=max_features, positions=max_positions,
+        pool_patches=pool_patches, pruning=pruning,
+    )  # fmt: skip
     team = Workers(n=workers, load=partial(load_run, run, model, loading)) if workers > 1 else None
     sets = {out: data} | ({} if against is None else {out / "against": against})
     read = {folder: read_data(name, reading, loaded, n=limit) for folder, name in sets.items()}
     found, here = [], crew()
     for folder, examples in read.items():
-        here.first(partial(_claim, folder, examples, overwrite))
-        found.append(
-            run_aggregation(
-                loaded, coder, Cases(examples, token, asked), folder, run=run, tracing=tracing, share=share, seed=seed,
-                workers=team, skipped=examples.skipped, crew=here,
-            )
-        )  # fmt: skip
+        with vacated(folder / GRAPHS) if here.leads else nullcontext():
+            here.first(partial(claim_folder, folder / GRAPHS, True, ("*.json",) if overwrite else ()))
+            found.append(
+                run_aggregation(
+                    loaded, coder, Cases(examples, token, asked), folder, run=run, tracing=tracing, share=share,
+                    seed=seed, workers=team, skipped=examples.skipped, crew=here,
+                )
+            )  # fmt: skip
         if here.leads:
             found[-1].save(folder)
             draw_aggregate(found[-1], folder / "aggregate.png")
@@ -102,8 +110,3 @@ def aggregate(
         changes.save(out)
         draw_contrast(changes, out / "contrast.png")
         print(contrast_summary(changes))
-
-
-def _claim(folder: Path, examples: Examples, overwrite: bool) -> None:
-    claim_folder(folder / GRAPHS, True, ("*.json",) if overwrite else ())
-    examples.skipped.list_in(folder / SKIPPED)
