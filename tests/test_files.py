@@ -15,6 +15,7 @@ from crosslayer.files import (
     claim_folder,
     read_json,
     read_tensors,
+    vacated,
     write_json,
     write_tensors,
     write_text,
@@ -149,3 +150,22 @@ def test_what_a_killed_writer_left_is_no_obstacle_and_is_swept_away(tmp_path):
     check_folder(tmp_path, overwrite=False)
     claim_folder(tmp_path, overwrite=False, ours=())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_an_exception_leaves_empty_are_removed_and_no_others(tmp_path):
+    (tmp_path / "there").mkdir()
+
+    def fail_in(folder, *files):
+        with pytest.raises(KeyboardInterrupt), vacated(folder):
+            folder.mkdir(parents=True)
+            for name in files:
+                (folder / name).write_text("a")
+            raise KeyboardInterrupt
+
+    fail_in(tmp_path / "there" / "a" / "b", f".one{UNFINISHED}")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+    fail_in(tmp_path / "there" / "a" / "b", "one.json", f".two{UNFINISHED}")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there", "a", "b", "one.json"]
+    with vacated(tmp_path / "fine"):
+        (tmp_path / "fine").mkdir()
+    assert (tmp_path / "fine").is_dir()

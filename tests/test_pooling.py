@@ -1,15 +1,20 @@
 """Long prompts: pooled patches are sums of what they stand for, budgets of positions, and memory known beforehand."""
 
+import json
 from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from crosslayer import AttributionGraph, Budget, UserError, Wiring, attribute
+from crosslayer import AttributionGraph, Budget, Case, Example, Tracing, UserError, Wiring, aggregate, attribute
 from crosslayer.attribution import attribute as attributing
 from crosslayer.attribution.figure import figure
 from crosslayer.attribution.forecast import EDGE_BYTES, Forecast, check_memory, forecast
@@ -98,6 +103,84 @@ def test_a_budget_of_positions_gives_rows_where_most_influence_is(llava):
     assert part.preactivation[all_of].isfinite().all()
     assert len(part.tokens) - 1 in at  # where the output is read
     assert graph_of(llava, budget=Budget(positions=99)).scores == whole.scores
+
+
+def by_hand(path: Path, token: int) -> dict[tuple, np.ndarray]:
+    """Influence and effect of each kind, layer, feature, place and word of a saved graph, from dense matrices."""
+    nodes, edges = json.loads(path.read_text())["nodes"], load_file(path.with_suffix(".safetensors"))
+    kind = np.array([node["kind"] for node in nodes])
+    weight = np.zeros((len(nodes), len(nodes)))
+    weight[edges["target"], edges["source"]] = edges["weight"]
+    causes, start = np.abs(weight) * (kind != "bias"), edges["target_weight"].astype(float)
+    shares = causes / np.maximum(causes.sum(1, keepdims=True), 1e-300)
+    total = np.where(kind == "target", 1.0, weight.sum(1))[:, None]
+    parts = np.divide(weight, total, out=np.zeros_like(weight), where=total != 0)
+    one = np.eye(len(nodes))
+    measures = np.stack([start @ (np.linalg.inv(one - part) - one) for part in (shares, parts)], 1)
+    image = {p for node in nodes if node["kind"] == "patch" for p in (node["pooled"] or [node["position"]])}
+    last, found = max(node["position"] for node in nodes if node["kind"] == "target"), defaultdict(float)
+    for node, measure in zip(nodes, measures, strict=True):
+        at = node["position"]
+        words = "last" if at == last else "answer" if at is not None and at > last - token else "prompt"
+        place = "" if at is None or node["kind"] == "target" else "image" if at in image else words
+        label = node["label"] if node["kind"] == "token" else ""
+        layer = None if node["kind"] == "target" else node["layer"]
+        found[node["kind"], layer, node["feature"], place, label] += measure
+    return found
+
+
+def test_an_aggregate_of_pooled_graphs_is_the_mean_of_its_graphs_by_hand(llava, tmp_path):
+    coder = finished_coder(Wiring.full(llava.n_layers), D=llava.d_model)
+    tracing = Tracing(pool_patches=2, positions=6)
+    noise = np.random.default_rng(0).integers(0, 256, (2, 48, 96, 3), np.uint8)
+    cases, graphs, circuits = [], [], []
+    for i, pixels in enumerate(noise):
+        image, said = Image.fromarray(pixels), ("a cat .", "yes a dog .")[i]
+        cases.append(Case(example=Example(f"e{i}", "is there a cat ?", said, image), token=2))
+        limits = {"pool_patches": 2, "budget": Budget(positions=6)}
+        graph = attribute(llava, coder, "is there a cat ?", image, response=said, token=2, **limits)
+        graph.save(tmp_path / f"{i}.json")
+        graph.prune().save(tmp_path / f"pruned-{i}.json")
+        graphs.append(by_hand(tmp_path / f"{i}.json", 2))
+        circuits.append({key for key in by_hand(tmp_path / f"pruned-{i}.json", 2) if key[0] == "feature"})
+
+    found = aggregate(llava, coder, cases, tmp_path / "out", tracing=tracing, share=0.0)
+
+    for graph, tally in zip(graphs, found.tallies, strict=True):
+        assert {role.place for role in tally.roles if role.kind == "feature"} == {"image", "prompt", "answer", "last"}
+        assert {tuple(asdict(role).values()) for role in tally.roles} == set(graph)
+    assert any(row.active == 0.5 for row in found.nodes)
+    for row in found.nodes:
+        key = tuple(asdict(row.role).values())
+        influence, effect = sum(graph.get(key, np.zeros(2)) for graph in graphs) / 2
+        assert (row.influence.value, row.effect.value) == pytest.approx((influence, effect), rel=1e-4, abs=1e-6)
+        assert row.active == np.mean([key in graph for graph in graphs])
+        if row.role.kind == "feature":
+            assert row.kept == np.mean([key in circuit for circuit in circuits])
+    assert {key for some in circuits for key in some} == {
+        tuple(asdict(row.role).values()) for row in found.nodes if row.role.kind == "feature"
+    }
+    assert found.scores["left_out"].value > 0
+
+
+def test_pooling_changes_no_role_and_a_cell_has_the_names_of_its_patches(llava, tmp_path):
+    coder = finished_coder(Wiring.full(llava.n_layers), D=llava.d_model)
+    names = {4: "cat", 2: "dog", 5: "dog", 8: "bus"}  # of 3 x 3; cells of 2 x 2 hold 0 1 3 4, 2 5, 6 7 and 8
+    case = Case(example=Example("e", "is there a cat ?", image=PICTURE), patches={**names, 3: "dog"})
+    alone, pooled = (
+        aggregate(llava, coder, [case], tmp_path / str(n), tracing=Tracing(pool_patches=n)).tallies[0] for n in (3, 2)
+    )
+    places = {"image", "dog + cat", "dog", "bus"}
+    assert {role.place for role in pooled.roles if role.kind == "patch"} == places
+    assert {role.place for role in pooled.roles if role.kind == "error"} == {*places, "prompt", "last"}
+    without = [
+        aggregate(llava, coder, [Case(example=case.example)], tmp_path / f"plain-{n}", tracing=Tracing(pool_patches=n))
+        for n in (None, 2)
+    ]
+    assert set(without[0].tallies[0].roles) == set(without[1].tallies[0].roles)
+    for one in (alone, pooled):
+        inputs = [i for i, role in enumerate(one.roles) if role.kind not in ("feature", "target")]
+        assert one.effect[inputs].sum() == pytest.approx(one.value, rel=1e-4)
 
 
 class Live(TorchDispatchMode):
