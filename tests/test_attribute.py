@@ -232,7 +232,11 @@ def test_a_budget_gives_rows_to_the_most_influential_features(seeing):
         ({"targets": ["zebroid"]}, r"target 'zebroid' is no token"),
         ({"token": 1}, r"token is 1, but the answer has 1, its end mark included; choose 0 to 0"),
         ({"response": "yes", "token": 2}, r"token is 2, but the answer has 2"),
-        ({"prompt": "<image><image> cat"}, r"prompt '<image><image> cat': 2 <image> marks .* must match"),
+        (
+            {"prompt": "<image><image> cat"},
+            r"prompt '<image><image> cat': 2 <image> marks but 1 image; leave a single mark",
+        ),
+        ({"prompt": "a cat " * 70}, r"tokens, 9 of them for its image; .* by \d+ \(--pool-patches leaves it as long"),
     ],
 )
 def test_what_cannot_be_explained_is_refused_in_one_line(seeing, settings, message):

@@ -136,10 +136,17 @@ def test_what_a_graph_cannot_be_made_of_is_said_in_one_line(run, traced_run, lla
         assert not (tmp_path / "graph.json").exists()
 
     refused("--plain", prompt="", words="the prompt is empty")
-    refused(prompt="a " * 200, words="201 tokens|context holds 128")
+    refused(prompt="a " * 200, words="201 tokens|context holds 128; shorten it by 73")
     refused("--image", picture, words="reads no images")
-    refused(prompt="<image> a cat", words="1 <image> marks but 0 image")
-    refused("--model", llava_folder, "--image", picture, prompt="<image><image> a", words="2 <image> marks but 1 image")
+    refused(prompt="<image> a cat", words="1 <image> mark but no image; give the image, or leave the mark out")
+    refused(
+        "--model",
+        llava_folder,
+        "--image",
+        picture,
+        prompt="<image><image> a",
+        words="2 <image> marks but 1 image; leave a single",
+    )
     refused("--model", "emoji-llava", words="10")
     refused("--target", "cat dog", words="is 2 tokens")
     refused("--target", "feature 3/1 @ 2", words="none of layer 3")

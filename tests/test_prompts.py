@@ -1,5 +1,6 @@
 """Prompts: which tokens a batch holds, and what its masks mark."""
 
+from copy import copy, deepcopy
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 from transformers import ByT5Tokenizer
 
 from crosslayer import Example, UserError, load_model
-from crosslayer.models.prompts import prepare
+from crosslayer.models.prompts import TooLong, prepare
 
 PICTURE = Image.new("RGB", (40, 30), "teal")
 
@@ -108,11 +109,17 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end_mark(llama_folder):
 @pytest.mark.parametrize(
     ("example", "named"),
     [
-        (Example("p7", "<image> and <image>", image=PICTURE), "prompt 'p7': 2 <image> marks but 1 image"),
-        (Example("p7", "what is <image> ?"), "prompt 'p7': 1 <image> marks but 0 image"),
-        (Example("p7", "a cat " * 70), "prompt 'p7' has 141 tokens; the model's context holds 128"),
-        (Example("p7", "a cat", "a dog " * 70), "prompt 'p7' has 144 tokens"),
-        (Example("p7", "", tokens=()), "prompt 'p7' has 0 tokens"),
+        (Example("p7", "<image> and <image>", image=PICTURE), "2 <image> marks but 1 image; leave a single mark"),
+        (Example("p7", "what is <image> ?"), "1 <image> mark but no image; give the image, or leave"),
+        (Example("p7", "a cat", "<image> ."), "'p7' has image tokens, but no image; give the image, or leave them out"),
+        (Example("p7", "a cat", "<image> .", PICTURE), "give another image, and leave image tokens out of response"),
+        (Example("p7", "a cat " * 70), "'p7' has 141 tokens; the model's context holds 128; shorten it by 13"),
+        (Example("p7", "a cat " * 70, image=PICTURE), "has 150 tokens, 9 of them for its image; .* shorten it by 22"),
+        (
+            Example("p7", "a cat", "a dog " * 70),
+            "has 144 tokens with its response; .* shorten prompt or response by 16",
+        ),
+        (Example("p7", "", tokens=()), "prompt 'p7' has 0 tokens; give it words"),
         (Example("p7", "a cat", image=Path("/no/such.png")), "/no/such.png: no such image"),
     ],
 )
@@ -124,3 +131,18 @@ def test_prompts_that_cannot_work_are_named(llava, example, named):
 def test_an_image_for_a_text_model_is_refused(llama):
     with pytest.raises(UserError, match="LlamaForCausalLM reads no images"):
         prepared(llama, Example("a", "a cat", image=PICTURE))
+
+
+def test_an_image_that_is_too_long_alone_is_not_to_be_mended_with_fewer_words(llava, monkeypatch):
+    monkeypatch.setattr(llava.model.config.get_text_config(), "max_position_embeddings", 9)
+    with pytest.raises(TooLong, match=r"9 of them for its image; the model's context holds 9; choose a smaller image"):
+        prepared(llava, Example("p7", "a cat", image=PICTURE))
+
+
+@pytest.mark.parametrize(("form", "step"), [("chat", "add --plain"), ("text", "take the processor that belongs to")])
+def test_an_image_without_an_image_token_in_the_text_is_named(llava, form, step):
+    model = copy(llava.model)
+    model.config = deepcopy(model.config)
+    model.config.image_token_id = 10**6
+    with pytest.raises(UserError, match=f"prompt 'p7' has an image, but no image token .*; {step}"):
+        prepare(model, llava.processor, [Example("p7", "a cat", image=PICTURE, form=form)])

@@ -41,7 +41,7 @@ def test_a_batch_is_made_of_the_good_examples(llava, mixed):
         assert prepare_good(llava.model, llava.processor, data, [4, 9]) == (None, [])
     assert data.skipped.reasons.keys() == set(BAD[:2])
     assert "cut.png: the image is damaged" in data.skipped.reasons["rows.jsonl:5"]
-    assert "tokens; the model's context holds 128" in data.skipped.reasons["rows.jsonl:10"]
+    assert "the model's context holds 128; shorten prompt or response" in data.skipped.reasons["rows.jsonl:10"]
 
 
 def test_examples_that_nobody_takes_notes_of_are_refused(llava, mixed):

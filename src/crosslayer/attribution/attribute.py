@@ -27,7 +27,7 @@ from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Example, open_image
 from crosslayer.errors import UserError
 from crosslayer.models.load import LoadedModel
-from crosslayer.models.prompts import Batch, prepare
+from crosslayer.models.prompts import Batch, TooLong, prepare
 from crosslayer.replacement.local import LocalReplacement, trace
 from crosslayer.replacement.model import ReplacementModel
 
@@ -101,7 +101,12 @@ def attribute(
     picture = Path(image) if isinstance(image, str) else image
     picture = open_image(picture) if isinstance(picture, Path) else picture
     example = Example(shorten(prompt, 40, placeholder=" ..."), prompt, response, picture, history, form)
-    batch = prepare(model.model, model.processor, [example])
+    try:
+        batch = prepare(model.model, model.processor, [example])
+    except TooLong as error:
+        if picture is None:
+            raise
+        raise UserError(f"{error} (--pool-patches leaves it as long: it takes nodes together, no tokens)") from None
     if batch.tokens.shape[1] < 2:
         raise UserError("the prompt is empty: nothing comes after the token that begins it, so nothing can be traced")
     targets = [targets] if isinstance(targets, str | Target) else targets

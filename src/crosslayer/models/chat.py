@@ -35,9 +35,10 @@ def write(processor: Any, example: Example, has_picture: bool) -> Text:
     asked = [turn[0] for turn in example.history] + [example.prompt]
     marks = sum(prompt.count(IMAGE_MARK) for prompt in asked)
     if marks > has_picture:
-        raise UserError(
-            f"prompt {example.id!r}: {marks} {IMAGE_MARK} marks but {int(has_picture)} image; they must match"
-        )
+        found = f"prompt {example.id!r}: {marks} {IMAGE_MARK} mark{'s' if marks > 1 else ''} but"
+        if has_picture:
+            raise UserError(f"{found} 1 image; leave a single mark, where the image goes")
+        raise UserError(f"{found} no image; give the image, or leave the mark out")
     if has_picture and not marks:
         asked[0] = IMAGE_MARK + asked[0]
     template = _template(processor) if example.form == "chat" else None

@@ -56,12 +56,16 @@ class BadExamples(UserError):
         self.reasons = reasons
 
 
+class TooLong(BadExamples):
+    """They have more tokens than the model's context holds."""
+
+
 def prepare(model: PreTrainedModel, processor: Any, examples: Sequence[Example]) -> Batch:
     """Tokenise prompts with their responses, and preprocess their pictures, all pictures at once.
 
     Raises:
-        BadExamples: when a picture cannot be read, pictures and image marks do not match, or a prompt is too long for
-            the model's context.
+        BadExamples: when a picture cannot be read, pictures and image marks do not match, or a prompt is empty.
+        TooLong: when a prompt is too long for the model's context.
         UserError: when the model reads no images and there are some, or it came without a tokenizer.
     """
     tokenizer = _tokenizer(model, processor)
@@ -78,7 +82,7 @@ def prepare(model: PreTrainedModel, processor: Any, examples: Sequence[Example])
         ids[place] = row
     _check_responses(processor, ids, responses)
     _check_image_tokens(model, ids, seen, examples)
-    _check_lengths(model, ids, examples)
+    _check_lengths(model, ids, seen, examples)
     inputs = _padded(model, ids, vision, seen, tokenizer.pad_token_id)
     tokens, attention = inputs["input_ids"], inputs["attention_mask"].bool()
     image = tokens == getattr(model.config, "image_token_id", -1)
@@ -153,7 +157,12 @@ def _process(processor: Any, texts: list[Text], pictures: list[Image.Image], pla
         if len(texts) == 1:
             reason = " ".join(str(error).split())[:200]
             raise BadExamples(
-                {places[0]: f"{type(processor).__name__} refuses the image or its text ({reason})"}
+                {
+                    places[
+                        0
+                    ]: f"{type(processor).__name__} refuses the image or its text ({reason}); give another image, "
+                    "and leave image tokens out of response and earlier turns"
+                }
             ) from error
         if refused := _refused(processor, texts, pictures, places):
             raise BadExamples(refused) from error
@@ -208,23 +217,45 @@ def _response(
 def _check_image_tokens(
     model: PreTrainedModel, ids: list[list[int]], seen: list[int], examples: Sequence[Example]
 ) -> None:
-    """Refuse a picture that the prompt's final form has no room for; of models that say which token stands for one."""
+    """Refuse a picture that the prompt's final form has no room for, and room without one.
+
+    Of models that say which token stands for an image; what was sampled from the model itself may hold any.
+    """
     token = getattr(model.config, "image_token_id", None)
-    blind = [place for place in seen if token is not None and token not in ids[place]]
-    if blind:
-        what = "has an image, but no image token in the form that the model reads; where its chat template drops it"
-        raise BadExamples({place: f"prompt {examples[place].id!r} {what}, add --plain" for place in blind})
+    if token is None:
+        return
+    reasons = {}
+    for place, example in enumerate(examples):
+        if place in seen and token not in ids[place]:
+            step = "add --plain" if example.form == "chat" else "take the processor that belongs to the model"
+            what = f"has an image, but no image token in the form that the model reads; {step}"
+            reasons[place] = f"prompt {example.id!r} {what}"
+        elif place not in seen and example.tokens is None and token in ids[place]:
+            what = "has image tokens, but no image; give the image, or leave them out of prompt and response"
+            reasons[place] = f"prompt {example.id!r} {what}"
+    if reasons:
+        raise BadExamples(reasons)
 
 
-def _check_lengths(model: PreTrainedModel, ids: list[list[int]], examples: Sequence[Example]) -> None:
-    limit = context_limit(model)
-    wrong = {
-        place: f"prompt {e.id!r} has {len(row)} tokens; the model's context holds {limit}"
-        for place, (row, e) in enumerate(zip(ids, examples, strict=True))
-        if not 0 < len(row) <= limit
-    }
-    if wrong:
-        raise BadExamples(wrong)
+def _check_lengths(model: PreTrainedModel, ids: list[list[int]], seen: list[int], examples: Sequence[Example]) -> None:
+    limit, lengths = context_limit(model), [len(row) for row in ids]
+    if empty := [place for place, n in enumerate(lengths) if n == 0]:
+        raise BadExamples({place: f"prompt {examples[place].id!r} has 0 tokens; give it words" for place in empty})
+    if wrong := [place for place, n in enumerate(lengths) if n > limit]:
+        token = getattr(model.config, "image_token_id", -1)
+        of_image = {place: ids[place].count(token) for place in seen}
+        raise TooLong({i: _too_long(examples[i], lengths[i], of_image.get(i, 0), limit) for i in wrong})
+
+
+def _too_long(example: Example, n: int, of_image: int, limit: int) -> str:
+    """What to shorten, where words can be left out at all."""
+    answered = example.response is not None
+    image = f", {of_image} of them for its image" if of_image else ""
+    step = f"shorten {'prompt or response' if answered else 'it'} by {n - limit}"
+    if of_image >= limit:
+        step = "choose a smaller image, where it then takes fewer tokens, or a model with a larger context"
+    has = f"has {n} tokens{' with its response' if answered else ''}{image}"
+    return f"prompt {example.id!r} {has}; the model's context holds {limit}; {step}"
 
 
 def _padded(
