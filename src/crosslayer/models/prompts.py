@@ -155,15 +155,9 @@ def _process(processor: Any, texts: list[Text], pictures: list[Image.Image], pla
         inputs = in_one_pass(processor)(text=written, images=images, padding=True, return_tensors="pt")
     except (ValueError, TypeError, IndexError, RuntimeError, ZeroDivisionError) as error:
         if len(texts) == 1:
-            reason = " ".join(str(error).split())[:200]
-            raise BadExamples(
-                {
-                    places[
-                        0
-                    ]: f"{type(processor).__name__} refuses the image or its text ({reason}); give another image, "
-                    "and leave image tokens out of response and earlier turns"
-                }
-            ) from error
+            found = f"{type(processor).__name__} refuses the image or its text ({' '.join(str(error).split())[:200]})"
+            step = "give another image, and leave image tokens out of response and earlier turns"
+            raise BadExamples({places[0]: f"{found}; {step}"}) from error
         if refused := _refused(processor, texts, pictures, places):
             raise BadExamples(refused) from error
         raise UserError(f"{type(processor).__name__} takes each of these images, but not together ({error})") from error
