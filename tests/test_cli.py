@@ -3,16 +3,18 @@
 import errno
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from crosslayer import AttributionGraph, CrossLayerTranscoder, Example, Wiring, cli, load_model
+from crosslayer import AttributionGraph, CrossLayerTranscoder, Example, UserError, Wiring, cli, load_model
 from crosslayer.activations.capture import capture_all
 from crosslayer.coders.transcoder import Provenance
 from crosslayer.models.prompts import prepare
 from crosslayer.training.trainer import Trainer
+from crosslayer.verbs import checking
 from families import family
 from making import finished_coder
 
@@ -120,10 +122,7 @@ def test_a_graph_never_takes_the_place_of_other_files_unasked(run, train, tmp_pa
 @pytest.fixture
 def traced_run(tmp_path, llama_folder):
     """A run of the tiny Llama without training, with so many features that all their edges fit into no memory."""
-    coder = finished_coder(Wiring.full(3), F=5_000).with_thresholds(torch.full((3, 5_000), -1e3))
-    coder.provenance = Provenance(str(llama_folder))
-    coder.save(tmp_path / "wide")
-    return tmp_path / "wide"
+    return finished_run(llama_folder, tmp_path / "wide", torch.full((3, 5_000), -1e3), 5_000)
 
 
 def test_what_a_graph_cannot_be_made_of_is_said_in_one_line(run, traced_run, llava_folder, tmp_path):
@@ -181,6 +180,49 @@ def test_a_graph_is_checked_beside_another_run(run, train, tmp_path):
     assert [check["run"] for check in record["checks"]] == [str(tmp_path / "run"), str(tmp_path / "plt")]
     assert all(check["worst_frozen_gap"] < 1e-3 for check in record["checks"])
     assert (tmp_path / "graph.check.png").exists()
+
+
+def finished_run(model: Path, out: Path, thresholds: torch.Tensor, F: int) -> Path:
+    """A run without training, with thresholds given."""
+    coder = finished_coder(Wiring.full(3), F=F).with_thresholds(thresholds)
+    coder.provenance = Provenance(str(model))
+    coder.save(out)
+    return out
+
+
+def test_a_graph_of_pooled_patches_is_checked(run, llava_folder, tmp_path):
+    Image.new("RGB", (48, 96), "teal").save(tmp_path / "picture.png")
+    folder = finished_run(llava_folder, tmp_path / "run", torch.rand(3, 12), 12)
+    command = ["graph", folder, "--prompt", "is there a cat ?", "--image", tmp_path / "picture.png"]
+    code, out, err = run(*command, "--pool-patches", 1, "--check", "--out", tmp_path / "graph.json")
+    assert code == 0, err
+    assert out.index("pruned, as shown in") < out.index("direct edge under freeze, worst gap")
+    found = json.loads((tmp_path / "graph.check.json").read_text())["checks"][0]
+    assert found["worst_frozen_gap"] < 1e-3
+    assert any("at cell 0" in feature["caption"] for feature in found["features"])
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (UserError("no more memory"), 2)])
+def test_a_graph_is_there_when_its_check_is_cut_short(run, llama_folder, tmp_path, monkeypatch, stop, code):
+    def stopped(*args):
+        raise stop
+
+    folder = finished_run(llama_folder, tmp_path / "run", torch.rand(3, 12), 12)
+    command = ["graph", folder, "--prompt", "is there a cat ?", "--check", "--out", tmp_path / "graph.json"]
+    assert run(*command)[0] == 0
+    monkeypatch.setattr(checking, "faithfulness", stopped)
+    assert run(*command, "--overwrite", "--target", "cat")[0] == code
+    assert [n.label for n in AttributionGraph.load(tmp_path / "graph.json").nodes if n.kind == "target"] == ["cat"]
+    assert "output &quot;cat&quot;" in (tmp_path / "graph.html").read_text()
+    assert not list(tmp_path.glob("graph.check.*"))
+
+
+def test_a_graph_that_cannot_be_checked_is_not_written(run, llama_folder, tmp_path):
+    folder = finished_run(llama_folder, tmp_path / "run", torch.tensor([[-1e3], [1e3], [1e3]]), 1)
+    command = ["graph", folder, "--plain", "--prompt", "cat", "--out", tmp_path / "graph.json"]
+    check_refused(run(*command, "--check"), "the graph has 1 features", "at least 3")
+    assert not list(tmp_path.glob("graph.*"))
+    assert run(*command)[0] == 0
 
 
 def test_inspect_prints_sites_gaps_and_wiring(run, llava_folder):

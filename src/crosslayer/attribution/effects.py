@@ -5,6 +5,11 @@ choice of active features stay as they are: its own edges into them, and through
 of that feature's pre-activation times the feature's own effect. The effects of all nodes that nothing runs into add up
 to the targets' values.
 
+A pooled feature's row does not say at which of its positions a source acts, so each of them is taken to lose the same
+share of its pre-activation. What runs through it is then exact where sources do act on all alike, or where a unit of
+activation is worth the same at each; else it lacks the covariance of the two over the positions, weighted with their
+pre-activations, times the sum of these.
+
 Axes: N nodes, E edges.
 """
 

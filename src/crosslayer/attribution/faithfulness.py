@@ -4,13 +4,14 @@ For the features with the most influence, three predictions of what ablating one
 
 * **direct**: minus the edge to the target: with attention, norms and all other features held;
 * **total**: minus the sum over all paths of the products of edges, each over its target's pre-activation: with
-  attention and norms held and all active features live and linear, errors and biases as they are;
+  attention and norms held and all active features live and linear, errors and biases as they are, and where a path
+  leads through a pooled feature as if all of its positions responded alike (see `effects`);
 * **influence**: its size alone, as a share; compared with the size of the effect.
 
 And two measurements: **frozen**, in the local replacement model with everything held, which must be the direct edge;
-and **live**, by a delta edit of the model as it is. The effect of other active features of the same layers and
-positions, drawn at random, is beside it. Source: "Circuit Tracing" (Anthropic 2025), section "Evaluating mechanistic
-faithfulness".
+and **live**, by a delta edit of the model as it is. Both ablate a pooled feature at all of its positions at once. The
+effect of other active features of the same layers and positions, drawn at random, is beside it. Source: "Circuit
+Tracing" (Anthropic 2025), section "Evaluating mechanistic faithfulness".
 
 Axes: N nodes, V vocabulary, P positions, D d_model, L layers.
 """
@@ -26,10 +27,11 @@ from jaxtyping import Float
 from scipy.stats import mannwhitneyu, spearmanr
 from torch import Tensor
 
+from crosslayer.attribution.activity import activations, feature_of
 from crosslayer.attribution.effects import effects
 from crosslayer.attribution.graph import AttributionGraph
 from crosslayer.attribution.node import Node
-from crosslayer.attribution.perturbation import Downstream, downstream, feature_of
+from crosslayer.attribution.perturbation import Downstream, downstream
 from crosslayer.attribution.targets import named
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.errors import UserError
@@ -49,7 +51,7 @@ SAME = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Ablated:
-    """One feature, ablated at its position: what was predicted of the main target's logit, and what was measured."""
+    """One feature, ablated where its node stands: what was predicted of the main target's logit, and was measured."""
 
     id: str
     caption: str
@@ -130,7 +132,8 @@ def faithfulness(
     nodes = [graph.nodes[i] for i in chosen]
     live = _effects(model, coder, batch, nodes, place) @ vectors.T
     random = _effects(model, coder, batch, _others(graph, chosen, seed), place) @ vectors.T
-    frozen = _frozen_effects(local, coder, nodes, place) @ vectors[main]
+    active = activations(local, coder, batch, nodes)
+    frozen = _frozen_effects(local, coder, nodes, active, place) @ vectors[main]
     direct, total = -_edges_to(graph, targets[main])[chosen], -effects(graph, _only(graph, targets[main])).node[chosen]
     sizes, random_sizes = (np.asarray((found.abs() @ weights).cpu(), float) for found in (live, random))
     influence = graph.influence.node[chosen]
@@ -150,9 +153,19 @@ def faithfulness(
         median_size=float(np.median(sizes)),
         median_size_random=float(np.median(random_sizes)) if len(random_sizes) else float("nan"),
         p_random=float(mannwhitneyu(sizes, random_sizes).pvalue) if len(random_sizes) else float("nan"),
-        downstream=downstream(model, coder, batch, nodes),
+        downstream=downstream(model, coder, batch, nodes, active),
         features=tuple(found),
     )
+
+
+def check_measurable(graph: AttributionGraph) -> None:
+    """Refuse a graph that ablations cannot check, as far as that is known before any is made.
+
+    Raises:
+        UserError: when it has too few features, or its main target is no logit.
+    """
+    _most_influential(graph, LEAST)
+    _targets(graph)
 
 
 def _only(graph: AttributionGraph, target: int) -> Float[np.ndarray, " N"]:
@@ -166,8 +179,6 @@ def _edges_to(graph: AttributionGraph, target: int) -> Float[np.ndarray, " N"]:
 
 
 def _most_influential(graph: AttributionGraph, n: int) -> list[int]:
-    if any(len(node.pooled) > 1 for node in graph.nodes):
-        raise UserError("the graph's patches are pooled; make it without pooling to check it")
     features = np.flatnonzero(graph.of_kind("feature"))
     if len(features) < LEAST:
         raise UserError(f"the graph has {len(features)} features; a check by ablating them needs at least {LEAST}")
@@ -216,36 +227,40 @@ def _vector(graph: AttributionGraph, target: int, logits: Float[Tensor, " V"], m
     return found
 
 
-def _ablations(nodes: Sequence[Node]) -> list[list[Intervention]]:
-    return [
-        [Intervention(layer=layer, feature=feature, action=Ablate(), where=Positions((position,)))]
-        for layer, feature, position in map(feature_of, nodes)
-    ]
+def _ablation(node: Node) -> Intervention:
+    """Of a feature, at all positions that its node stands for but the first, where none has features."""
+    layer, feature = feature_of(node)
+    where = Positions(tuple(position for position in node.positions if position))
+    return Intervention(layer=layer, feature=feature, action=Ablate(), where=where)
 
 
 def _effects(
     model: LoadedModel, coder: CrossLayerTranscoder, batch: Batch, nodes: Sequence[Node], place: int
 ) -> Float[Tensor, "n V"]:
     """What ablating each feature changes of the model's own logits at a position."""
-    logits = sweep(model, coder, batch, [[], *_ablations(nodes)], position=place)
+    logits = sweep(model, coder, batch, [[], *([_ablation(node)] for node in nodes)], position=place)
     return logits[1:] - logits[0]
 
 
 @torch.no_grad()
 def _frozen_effects(
-    local: LocalReplacement, coder: CrossLayerTranscoder, nodes: Sequence[Node], place: int
-) -> Float[Tensor, "n V"]:
+    local: LocalReplacement,
+    coder: CrossLayerTranscoder,
+    nodes: Sequence[Node],
+    active: Float[Tensor, "N P"],
+    place: int,
+) -> Float[Tensor, "N V"]:
     """The same with everything else held."""
     effects, before = [], local.logits[0, place].detach()
-    for node in nodes:
-        layer, feature, position = feature_of(node)
+    for node, acts in zip(nodes, active, strict=True):
+        layer, feature = feature_of(node)
         i, number = coder.sources.index(layer), torch.tensor([feature], device=coder.b_dec.device)
-        write, constant = coder.decoder.vectors(i, number)[0], coder.decoder.constants(i, number)
-        write = (node.activation or 0.0) * write + (0.0 if constant is None else constant[0])
-        changes = {}
-        for target, part in zip(coder.wiring.targets(layer), write, strict=True):
-            changes[target] = torch.zeros_like(local.stream)
-            changes[target][0, position] = -part.to(local.stream)
+        vectors, constants = coder.decoder.vectors(i, number)[0], coder.decoder.constants(i, number)
+        constants, acts = torch.zeros_like(vectors) if constants is None else constants[0], acts[:, None].to(vectors)
+        changes = {
+            target: -(acts * vector + (acts != 0) * constant)[None].to(local.stream)
+            for target, vector, constant in zip(coder.wiring.targets(layer), vectors, constants, strict=True)
+        }
         effects.append(local.replay(0.0, changes)[1][0, place] - before)
     return torch.stack(effects)
 

@@ -72,6 +72,11 @@ class Node:
         key = [getattr(self, name) for name in KEYS[self.kind]]
         return "/".join([self.kind, *("-" if part is None else str(part) for part in key)])
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """All that it stands for: one, several where patches are pooled, none of a node without a position."""
+        return self.pooled or (() if self.position is None else (self.position,))
+
     def rank(self, n_layers: int) -> int:
         """Topological order: all edges run from a lower rank to a higher one.
 

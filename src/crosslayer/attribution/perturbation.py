@@ -1,9 +1,10 @@
 """Whether a replacement model's MLPs answer a change as the model's own do, by how many of them it has passed.
 
-The stream that a layer's MLP reads is moved along the encoder row of one active feature, at its position, until that
-feature's pre-activation is 0. That is done to the model, and to the replacement model with its errors held at the
-prompt's values (which without a change is the model). Attention and norms are live in both. `change` [P, D] is that
-of what the MLP of a later layer reads, over all positions; with d MLPs between (that of the moved layer is the first):
+The stream that a layer's MLP reads is moved along the encoder row of one active feature until that feature's
+pre-activation is 0: at its position, and of a pooled feature at all positions where it is active, at once. That is done
+to the model, and to the replacement model with its errors held at the prompt's values (which without a change is the
+model). Attention and norms are live in both. `change` [P, D] is that of what the MLP of a later layer reads, over all
+positions; with d MLPs between (that of the moved layer is the first):
 
 * **cosine** of the replacement's change and the model's;
 * **error**: |replacement's change - model's|^2 / |model's change|^2;
@@ -25,17 +26,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from crosslayer.attribution.activity import feature_of
 from crosslayer.attribution.node import Node
 from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.models.hooks import adding, reading, recording, replacing
 from crosslayer.models.load import LoadedModel
 from crosslayer.models.prompts import Batch
-from crosslayer.replacement.actions import Add
 from crosslayer.replacement.editing import Deltas
 from crosslayer.replacement.interventions import Steer
 from crosslayer.replacement.model import ReplacementModel
 from crosslayer.replacement.sweeping import copies
-from crosslayer.replacement.where import Positions
 
 AT_ONCE = 16
 """Features moved in one batch, each in a copy of the prompt."""
@@ -56,7 +56,11 @@ class Downstream:
 
 @torch.no_grad()
 def downstream(
-    model: LoadedModel, coder: CrossLayerTranscoder, batch: Batch, nodes: Sequence[Node]
+    model: LoadedModel,
+    coder: CrossLayerTranscoder,
+    batch: Batch,
+    nodes: Sequence[Node],
+    activations: Float[Tensor, "n P"],
 ) -> tuple[Downstream, ...]:
     """How the replacement model answers when features are silenced through what they read.
 
@@ -65,6 +69,7 @@ def downstream(
         coder: its transcoder.
         batch: one prompt.
         nodes: active features of it.
+        activations: of each, at the positions that it stands for; 0 elsewhere.
     """
     replacement, agreements = ReplacementModel(model, coder), dict[int, list[tuple[float, ...]]]()
     reads, writes = _unchanged(model, batch)
@@ -73,25 +78,18 @@ def downstream(
     for start in range(0, len(nodes), AT_ONCE):
         some = nodes[start : start + AT_ONCE]
         many = copies(batch, len(some))
+        moves = [_silencing(coder, node, acts) for node, acts in zip(some, activations[start:], strict=False)]
         with_errors = adding(model.sites, _repeated(errors, len(some)), replaced)
-        own = _reads(model, coder, many, some, [])
-        ours = _reads(model, coder, many, some, [replacement.replaced(), with_errors])
-        still = _reads(model, coder, many, some, [replacing(model.sites, _repeated(writes, len(some)))])
+        own = _reads(model, coder, many, moves, [])
+        ours = _reads(model, coder, many, moves, [replacement.replaced(), with_errors])
+        still = _reads(model, coder, many, moves, [replacing(model.sites, _repeated(writes, len(some)))])
         for row, node in enumerate(some):
-            moved, _, _ = feature_of(node)
+            moved, _ = feature_of(node)
             for layer in range(moved + 1, model.n_layers):
                 change, *others = ((found[layer][row] - reads[layer][0]).float() for found in (own, ours, still))
                 values = [value for other in others for value in _agreement(change, other)]
                 agreements.setdefault(layer - moved, []).append(tuple(values))
     return tuple(_mean(mlps, values) for mlps, values in sorted(agreements.items()))
-
-
-def feature_of(node: Node) -> tuple[int, int, int]:
-    """Layer, number and position of a feature."""
-    assert node.layer is not None, node.id
-    assert node.feature is not None, node.id
-    assert node.position is not None, node.id
-    return node.layer, node.feature, node.position
 
 
 def _repeated(tensors: dict[int, Tensor], n: int) -> Callable[..., Tensor]:
@@ -116,12 +114,12 @@ def _reads(
     model: LoadedModel,
     coder: CrossLayerTranscoder,
     many: Batch,
-    nodes: Sequence[Node],
+    moves: Sequence[Steer],
     contexts: Sequence[AbstractContextManager],
 ) -> dict[int, Tensor]:
-    """What every MLP reads, [N, P, D] by layer, where each copy of the prompt has one feature silenced."""
+    """What every MLP reads, [N, P, D] by layer, where each copy of the prompt is moved in its own way."""
     reads: dict[int, Tensor] = {}
-    deltas = Deltas(model, coder, [[_silencing(coder, node)] for node in nodes], 1.0, many)
+    deltas = Deltas(model, coder, [[move] for move in moves], 1.0, many)
     with ExitStack() as stack:
         for context in [deltas.applied(), *contexts, reading(model.sites, _copies(reads))]:
             stack.enter_context(context)
@@ -129,12 +127,12 @@ def _reads(
     return reads
 
 
-def _silencing(coder: CrossLayerTranscoder, node: Node) -> Steer:
+def _silencing(coder: CrossLayerTranscoder, node: Node, activations: Float[Tensor, " P"]) -> Steer:
     """Moves the stream until a feature's pre-activation is 0: by -pre / |row|^2 times its encoder row."""
-    layer, feature, position = feature_of(node)
+    layer, feature = feature_of(node)
     row = coder.W_enc[coder.sources.index(layer)][feature].detach().float()
-    amount = -(node.activation or 0.0) / row.square().sum().item()
-    return Steer(layer=layer, vector=row, action=Add(amount), where=Positions((position,)), site="read")
+    amounts = activations.float() / row.square().sum()
+    return Steer(layer=layer, vector=row, action=lambda along: along - amounts.to(along), site="read")
 
 
 def _unchanged(model: LoadedModel, batch: Batch) -> tuple[dict[int, Tensor], dict[int, Tensor]]:

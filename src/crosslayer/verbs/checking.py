@@ -24,10 +24,15 @@ def check_paths(out: Path) -> tuple[Path, Path]:
 def checked_on(
     model: LoadedModel, graphs: Sequence[tuple[CrossLayerTranscoder, AttributionGraph]], example: Example, out: Path
 ) -> str:
-    """Check transcoders' graphs of an example; write figures and a picture beside the graph; what to print."""
+    """Check transcoders' graphs of an example; write figures and a picture beside the graph; what to print.
+
+    Those of an earlier graph go first, so that they never lie beside this one.
+    """
+    record, picture = check_paths(out)
+    for path in (record, picture):
+        path.unlink(missing_ok=True)
     batch = prepare(model.model, model.processor, [example])
     checks = [faithfulness(model, coder, graph, batch) for coder, graph in graphs]
-    record, picture = check_paths(out)
     write_json(record, {"schema": SCHEMA, "prompt": example.prompt, "checks": [check.to_dict() for check in checks]})
     draw_faithfulness(checks, picture)
     return f"{faithfulness_summary(checks)}\nall figures in {record}, a picture in {picture}"

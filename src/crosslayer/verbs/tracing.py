@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from crosslayer.attribution.attribute import Budget, attribute
+from crosslayer.attribution.faithfulness import check_measurable
 from crosslayer.attribution.figure import write_figure
 from crosslayer.attribution.graph import AttributionGraph, edges_path
 from crosslayer.attribution.summary import summary
@@ -63,8 +64,6 @@ def graph(
     page, target = out.with_suffix(".html"), tuple(sums(target))
     if beside is not None and not check:
         raise UserError(f"--beside {beside} is given without --check; add it")
-    if check and pool_patches is not None:
-        raise UserError(f"--check ablates single features, --pool-patches {pool_patches} pools them; leave one out")
     if check and any(map(is_feature, target)):
         raise UserError("--check measures effects on logits, and --target names a feature; leave one out")
     viewed = () if circuit_tracer is None else (circuit_tracer / out.name,)
@@ -84,13 +83,16 @@ def graph(
     graphs = [(each, attribute(loaded, each, prompt, image, **settings, run=name)) for name, each in runs]
     found = graphs[0][1]
     pruned = found.prune(node_threshold, edge_threshold)
-    example = Example("prompt", prompt, response, image=image, form=form)
-    told = f"\n{checked_on(loaded, graphs, example, out)}" if check else ""
+    for _, each in graphs if check else ():
+        check_measurable(each)
     if circuit_tracer is not None:
         write_circuit_tracer_graph(pruned, circuit_tracer, slug=out.stem, node_threshold=node_threshold)
     found.save(out)
     write_figure(pruned, page)
-    print(f"{_whole(found)}\n\npruned, as shown in {page}:\n{summary(pruned)}\n{told}".rstrip())
+    print(f"{_whole(found)}\n\npruned, as shown in {page}:\n{summary(pruned)}".rstrip(), flush=True)
+    if check:
+        example = Example("prompt", prompt, response, image=image, form=form)
+        print(f"\n{checked_on(loaded, graphs, example, out)}")
 
 
 def _check_free(paths: Iterable[Path], overwrite: bool) -> None:
