@@ -213,12 +213,12 @@ def test_a_graph_is_there_when_its_check_is_cut_short(run, llama_folder, tmp_pat
     monkeypatch.setattr(checking, "faithfulness", stopped)
     assert run(*command, "--overwrite", "--target", "cat")[0] == code
     assert [n.label for n in AttributionGraph.load(tmp_path / "graph.json").nodes if n.kind == "target"] == ["cat"]
-    assert "output &quot;cat&quot;" in (tmp_path / "graph.html").read_text()
+    assert 'output \\"cat\\"' in (tmp_path / "graph.html").read_text()
     assert not list(tmp_path.glob("graph.check.*"))
 
 
 def test_a_graph_that_cannot_be_checked_is_not_written(run, llama_folder, tmp_path):
-    folder = finished_run(llama_folder, tmp_path / "run", torch.tensor([[-1e3], [1e3], [1e3]]), 1)
+    folder = finished_run(llama_folder, tmp_path / "run", torch.full((3, 3), 1e3).fill_diagonal_(0.0), 3)
     command = ["graph", folder, "--plain", "--prompt", "cat", "--out", tmp_path / "graph.json"]
     check_refused(run(*command, "--check"), "the graph has 1 features", "at least 3")
     assert not list(tmp_path.glob("graph.*"))

@@ -24,7 +24,7 @@ from test_interventions import by_hand, double  # noqa: F401
 from test_replacement import batch_of
 
 PROMPT = "is there a cat ?"
-FEATURES = 80
+FEATURES = 40
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,8 @@ def bundled() -> tuple[xl.LoadedModel, xl.CrossLayerTranscoder]:
 
 @pytest.fixture(scope="module")
 def asked() -> xl.Example:
-    return xl.Example("a", PROMPT, image=Image.new("RGB", (48, 48), "teal"))
+    scene = xl.load_data("emoji-scenes", split="test", n=1)[0]
+    return xl.Example("a", PROMPT, image=scene.image)
 
 
 @pytest.fixture(scope="module", params=[None, 1, 2], ids=["each patch", "pooled to 1 a side", "pooled to 2 a side"])

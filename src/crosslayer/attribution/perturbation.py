@@ -132,7 +132,7 @@ def _silencing(coder: CrossLayerTranscoder, node: Node, activations: Float[Tenso
     layer, feature = feature_of(node)
     row = coder.W_enc[coder.sources.index(layer)][feature].detach().float()
     amounts = activations.float() / row.square().sum()
-    return Steer(layer=layer, vector=row, action=lambda along: along - amounts.to(along), site="read")
+    return Steer(layer=layer, vector=row, action=lambda acts: acts - amounts.to(acts), site="read")
 
 
 def _unchanged(model: LoadedModel, batch: Batch) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
