@@ -250,7 +250,7 @@ def test_a_check_is_said_drawn_and_written(check, tmp_path):
     text = faithfulness_summary([found, found])
     assert f"{found.influence.rho:.2f}" in text
     assert text.count("runs/clt") == 2
-    draw_faithfulness([found, found], tmp_path / "check.png")
+    draw_faithfulness([found, replace(found, run="a/long/path/" * 20)], tmp_path / "check.png")
     assert (tmp_path / "check.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert len(record["features"]) == FEATURES

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure as Canvas
 from crosslayer.attribution.faithfulness import Faithfulness
 from crosslayer.files import atomic_path
 
+LONGEST = 40
+"""Letters of a run's name; more leave the axes no room."""
 COLOURS = ("#2f6f8f", "#c2703d", "#6b8f3a", "#8a8f98")
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -36,7 +38,7 @@ def _effects(ax: Axes, checks: Sequence[Faithfulness]) -> None:
     ends = [end for check in checks for f in check.features for end in (f.total, f.live)]
     ax.plot([min(ends), max(ends)], [min(ends), max(ends)], color="#cccccc", lw=1, zorder=0)
     for check, colour in zip(checks, COLOURS, strict=False):
-        label = f"{check.run or 'run'}: Spearman {check.total.rho:.2f}"
+        label = f"{_name(check)}: Spearman {check.total.rho:.2f}"
         x, y = [f.total for f in check.features], [f.live for f in check.features]
         ax.scatter(x, y, s=14, color=colour, alpha=0.75, lw=0, label=label)
     ax.set(xlabel="predicted, over all paths", ylabel="measured, in the model itself")
@@ -47,9 +49,14 @@ def _effects(ax: Axes, checks: Sequence[Faithfulness]) -> None:
 def _downstream(ax: Axes, checks: Sequence[Faithfulness]) -> None:
     for check, colour in zip(checks, COLOURS, strict=False):
         mlps = [at.mlps for at in check.downstream]
-        ax.plot(mlps, [at.cosine for at in check.downstream], "o-", ms=4, color=colour, label=check.run or "run")
+        ax.plot(mlps, [at.cosine for at in check.downstream], "o-", ms=4, color=colour, label=_name(check))
         ax.plot(mlps, [at.cosine_held for at in check.downstream], "--", lw=1, color=colour)
     ax.set(xlabel="MLPs between", ylabel="cosine", ylim=(0, 1.02))
     ax.set_title("silencing a feature: the stream's change in both", fontsize=9)
     ax.plot([], [], "--", lw=1, color="#777777", label="if no MLP answers")
     ax.legend(frameon=False, loc="lower left")
+
+
+def _name(check: Faithfulness) -> str:
+    """The run's, or the end of it."""
+    return f"…{check.run[-LONGEST:]}" if len(check.run) > LONGEST else check.run or "run"
