@@ -124,16 +124,16 @@ def faithfulness(
         UserError: for a graph without such features, or whose targets are no logits.
     """
     chosen = _most_influential(graph, features)
-    local = trace(model, coder, batch)
     targets, place = _targets(graph)
-    logits = local.logits[0, place].detach()
+    local = trace(model, coder, batch, place)
+    logits = local.logits_at(place).detach()
     vectors = torch.stack([_vector(graph, t, logits, model) for t in targets])
     weights, main = graph.target_weight[targets].to(vectors), 0
     nodes = [graph.nodes[i] for i in chosen]
     live = _effects(model, coder, batch, nodes, place) @ vectors.T
     random = _effects(model, coder, batch, _others(graph, chosen, seed), place) @ vectors.T
     active = activations(local, coder, batch, nodes)
-    frozen = _frozen_effects(local, coder, nodes, active, place) @ vectors[main]
+    frozen = _frozen_effects(local, coder, nodes, active) @ vectors[main]
     direct, total = -_edges_to(graph, targets[main])[chosen], -effects(graph, _only(graph, targets[main])).node[chosen]
     sizes, random_sizes = (np.asarray((found.abs() @ weights).cpu(), float) for found in (live, random))
     influence = graph.influence.node[chosen]
@@ -248,10 +248,9 @@ def _frozen_effects(
     coder: CrossLayerTranscoder,
     nodes: Sequence[Node],
     active: Float[Tensor, "N P"],
-    place: int,
 ) -> Float[Tensor, "N V"]:
-    """The same with everything else held."""
-    effects, before = [], local.logits[0, place].detach()
+    """The same with everything else held, at the first position whose logits were wanted."""
+    effects, before = [], local.logits[0, 0].detach()
     for node, acts in zip(nodes, active, strict=True):
         layer, feature = feature_of(node)
         i, number = coder.sources.index(layer), torch.tensor([feature], device=coder.b_dec.device)
@@ -261,7 +260,7 @@ def _frozen_effects(
             target: -(acts * vector + (acts != 0) * constant)[None].to(local.stream)
             for target, vector, constant in zip(coder.wiring.targets(layer), vectors, constants, strict=True)
         }
-        effects.append(local.replay(0.0, changes)[1][0, place] - before)
+        effects.append(local.replay(0.0, changes)[1][0, 0] - before)
     return torch.stack(effects)
 
 
