@@ -118,6 +118,31 @@ def test_the_verb_finds_circuits_and_goes_on_where_it_ended(run, model, coder, a
         find_circuits(model, other, answers[0], answers[1], out / "circuits", CircuitSettings(cases=11))
 
 
+def test_pictures_of_which_nothing_is_known_may_be_pooled(model, coder, answers, tmp_path):
+    unknown = [replace(response, setting="") for response in answers[0]]
+    found, pooled = (
+        find_circuits(model, coder, unknown, answers[1], tmp_path / str(n), CircuitSettings(cases=11, pool_patches=n))
+        for n in (None, 1)
+    )
+    for one, other in zip(found.circuits, pooled.circuits, strict=True):
+        assert other.margin.value == pytest.approx(one.margin.value, abs=1e-4)
+        image, cell = (
+            next(node for node in c.contrast.nodes if (node.role.kind, node.role.place) == ("patch", "image"))
+            for c in (one, other)
+        )
+        assert cell.influence.here < image.influence.here
+    with pytest.raises(UserError, match="is known, and graphs are compared by it; leave --pool-patches out"):
+        find_circuits(model, coder, *answers, tmp_path / "known", CircuitSettings(cases=11, pool_patches=1))
+
+
+def test_what_is_refused_leaves_no_folder(run, coder, answers, tmp_path):
+    coder.save(tmp_path / "run")
+    out = tmp_path / "out"
+    command = ["hallucination", "circuits", tmp_path / "run", answers[1], "--out", out, "--cases", 11]
+    check_refused(run(*command, "--pool-patches", 1), "leave --pool-patches out")
+    assert not out.exists()
+
+
 def change(kind, layer, feature, here, there, q):
     effect = Difference(here, there, Figure(here - there, here - there, here - there), q, q)
     role = Role(kind, layer, feature, "last", "")

@@ -1,5 +1,6 @@
 """The verb `hallucination circuits`: which paths make a model hallucinate, and can it be told beforehand."""
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ from tyro.conf import Positional, arg
 from crosslayer.attribution.many import GRAPHS, Workers
 from crosslayer.distributed.joining import crew
 from crosslayer.errors import UserError
-from crosslayer.files import claim_folder, write_text
+from crosslayer.files import claim_folder, vacated, write_text
 from crosslayer.hallucination.circuits.find import CircuitSettings, find_circuits
 from crosslayer.hallucination.circuits.page import write_page
 from crosslayer.hallucination.circuits.record import CIRCUITS
@@ -47,11 +48,12 @@ def circuits(
     responses = read_responses(path)
     coder, loaded = load_run(run, model, loading)
     here = crew()
-    here.first(lambda: claim_folder(out / FOLDER / GRAPHS, True, ("*.json",) if overwrite else ()))
     team = Workers(n=workers, load=partial(load_run, run, model, loading)) if workers > 1 else None
-    found = find_circuits(
-        loaded, coder, responses, path.parent, out / FOLDER, settings, run=run, workers=team, crew=here
-    )
+    with vacated(out / FOLDER / GRAPHS) if here.leads else nullcontext():
+        here.first(lambda: claim_folder(out / FOLDER / GRAPHS, True, ("*.json",) if overwrite else ()))
+        found = find_circuits(
+            loaded, coder, responses, path.parent, out / FOLDER, settings, run=run, workers=team, crew=here
+        )
     here.dismiss()
     write_page(out / PAGE, found, len(loaded.sites.layers))
     write_text(out / CIRCUITS, found.to_json() + "\n")

@@ -59,6 +59,10 @@ class CircuitSettings:
     """Nodes and edges are compared that the circuits of this share of the graphs have."""
     max_features: int | None = None
     """Features with a row of their own in each graph, the most influential first; or all."""
+    max_positions: int | None = None
+    """Rows only at so many positions of each graph, the most influential."""
+    pool_patches: int | None = None
+    """Take image patches together in N x N cells; not where it is known what stands in each."""
     seed: int = 0
     """Of the choice of answers, of folds and of bootstraps."""
     split_seed: int = 0
@@ -106,7 +110,12 @@ def find_circuits(
     looks = look(model, coder, [d for some in sets.values() for d in some], folder, crew)
     graphs = asked(sets, looks, getattr(model.processor, "tokenizer", model.processor), folder)
     _check_sets(graphs)
-    tracing = Tracing(features=s.max_features)
+    if s.pool_patches is not None and any(graph.case.patches for graph in graphs):
+        raise UserError(
+            "what stands in each patch of these pictures is known, and graphs are compared by it; "
+            "leave --pool-patches out"
+        )
+    tracing = Tracing(features=s.max_features, positions=s.max_positions, pool_patches=s.pool_patches)
     cases = [graph.case for graph in graphs]
     found = aggregate(
         model, coder, cases, out, run=run, tracing=tracing, share=s.share, seed=s.seed, workers=workers, crew=crew
