@@ -131,12 +131,14 @@ class Layers:
                 space = torch.empty_like(ahead)
             mine = (row >= n) & (row < end)
             ahead[n:end].zero_().index_put_((row[mine] - n, position[mine]), vectors[mine].to(ahead), accumulate=True)
-            write, biases = space[:n], ahead.new_zeros(end)
+            biases = ahead.new_zeros(end)
             for some in stretches(0, n, ahead):
-                found = _back(run, {run.output: ahead[some]} | _skips(run, passed, some))
-                write[some], ahead[some], biases[some] = found  # in this order: the first may be what is ahead
+                write, space[some], biases[some] = _back(run, {run.output: ahead[some]} | _skips(run, passed, some))
+                if write.data_ptr() != ahead[some].data_ptr():  # mostly it is what is ahead itself
+                    ahead[some] = write
             for some in stretches(n, end, ahead):
-                _, ahead[some], biases[some] = _back(run, {run.read: ahead[some]})
+                _, space[some], biases[some] = _back(run, {run.read: ahead[some]})
+            write, ahead, space = ahead[:n], space, ahead
             if self.coder.skip is not None:
                 passed[layer] = write.clone()
             yield Step(layer, write, ahead[:end], {layer: biases})
