@@ -30,6 +30,7 @@ from crosslayer.attribution import attribute as attributing
 from crosslayer.attribution.attribute import Budget, attribute
 from crosslayer.attribution.figure import write_figure
 from crosslayer.coders.transcoder import Provenance
+from crosslayer.memory import keep_freed_memory
 from crosslayer.models.hooks import recording
 from crosslayer.models.prompts import prepare
 from crosslayer.zoo.emoji_llava.architecture import WORDS
@@ -148,6 +149,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     for stage in ("trace", "split"):
         setattr(attributing, stage, clock.timed(stage, getattr(attributing, stage)))
     asked, budget = example(case), Budget(features=case.max_features)
+    keep_freed_memory()  # as the verb does
     with own_memory() as own:
         graph = clock.timed("rows", attribute)(model, coder, asked.prompt, asked.image, form="text", budget=budget)
     clock.seconds["rows"] -= clock.seconds["trace"] + clock.seconds["split"]

@@ -16,6 +16,7 @@ from crosslayer.coders.transcoder import CrossLayerTranscoder
 from crosslayer.data.examples import Example
 from crosslayer.errors import UserError
 from crosslayer.formats.circuit_tracer_graph import write_circuit_tracer_graph
+from crosslayer.memory import keep_freed_memory
 from crosslayer.model_options import AS_SAVED
 from crosslayer.verbs.arguments import OtherModel, Overwrite, Plain, Run, RunLoading, load_run
 from crosslayer.verbs.checking import check_paths, checked_on
@@ -80,6 +81,7 @@ def graph(
         "at_most": logits, "pool_patches": pool_patches,
         "budget": Budget(features=max_features, seconds=max_seconds, positions=max_positions),
     }  # fmt: skip
+    keep_freed_memory()
     graphs = [(each, attribute(loaded, each, prompt, image, **settings, run=name)) for name, each in runs]
     found = graphs[0][1]
     pruned = found.prune(node_threshold, edge_threshold)
