@@ -101,12 +101,7 @@ def attribute(
     picture = Path(image) if isinstance(image, str) else image
     picture = open_image(picture) if isinstance(picture, Path) else picture
     example = Example(shorten(prompt, 40, placeholder=" ..."), prompt, response, picture, history, form)
-    try:
-        batch = prepare(model.model, model.processor, [example])
-    except TooLong as error:
-        if picture is None:
-            raise
-        raise UserError(f"{error} (--pool-patches leaves it as long: it takes nodes together, no tokens)") from None
+    batch = _prepared(model, example)
     if batch.tokens.shape[1] < 2:
         raise UserError("the prompt is empty: nothing comes after the token that begins it, so nothing can be traced")
     targets = [targets] if isinstance(targets, str | Target) else targets
@@ -132,6 +127,15 @@ def attribute(
 
     grown = _grown(local, split(local, coder, first), inputs, wanted, limits)
     return grown.graph(prompt, batch, tokenizer, model.id, run)
+
+
+def _prepared(model: LoadedModel, example: Example) -> Batch:
+    try:
+        return prepare(model.model, model.processor, [example])
+    except TooLong as error:
+        if example.image is None:
+            raise
+        raise UserError(f"{error} (--pool-patches leaves it as long: it takes nodes together, no tokens)") from None
 
 
 def _place(response: str | None, token: int, batch: Batch) -> int:
